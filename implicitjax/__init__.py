@@ -1,0 +1,43 @@
+"""Differentiable implicit solvers in JAX: solve `x = f(x, θ)` and differentiate the answer."""
+
+from ._adjoint import ImplicitAdjoint, UnrolledAdjoint
+from ._fixed_point import implicit_fixed_point
+from ._layer import FixedPointLayer
+from ._solution import ConvergenceError, DerivativeError, Result, Solution, Stats
+from ._tree import rms_norm
+from .linear import (
+    AbstractLinearSolver,
+    AutoLinearSolver,
+    BiCGStab,
+    DenseLU,
+    GMRES,
+    LinearSolution,
+    Neumann,
+)
+from .solvers import AbstractSolver, Anderson, Newton, Picard
+
+__all__ = [
+    "AbstractLinearSolver",
+    "AbstractSolver",
+    "Anderson",
+    "AutoLinearSolver",
+    "BiCGStab",
+    "ConvergenceError",
+    "DenseLU",
+    "DerivativeError",
+    "FixedPointLayer",
+    "GMRES",
+    "ImplicitAdjoint",
+    "LinearSolution",
+    "Neumann",
+    "Newton",
+    "Picard",
+    "Result",
+    "Solution",
+    "Stats",
+    "UnrolledAdjoint",
+    "implicit_fixed_point",
+    "rms_norm",
+]
+
+__version__ = "0.1.0"

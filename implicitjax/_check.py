@@ -1,0 +1,29 @@
+"""Checks of what the user passes: a clear error at once, at the call that is wrong."""
+
+from typing import Any
+
+
+def positive_int(name: str, value: Any) -> None:
+    """Raises unless `value` is `None` or a Python integer of at least 1."""
+    if value is None:
+        return
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name} must be a Python integer, got {value!r}.")
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, got {value}.")
+
+
+def nonnegative(name: str, value: Any) -> None:
+    """Raises if `value` is a Python number below 0 or NaN; arrays are taken as they are."""
+    if isinstance(value, bool) or isinstance(value, (str, complex)):
+        raise TypeError(f"{name} must be a real number, got {value!r}.")
+    if isinstance(value, (int, float)) and not value >= 0:
+        raise ValueError(f"{name} must not be negative, got {value!r}.")
+
+
+def damping_factor(name: str, value: Any) -> None:
+    """Raises if `value` is a Python number outside (0, 1]; arrays are taken as they are."""
+    if isinstance(value, bool) or isinstance(value, (str, complex)):
+        raise TypeError(f"{name} must be a real number, got {value!r}.")
+    if isinstance(value, (int, float)) and not 0 < value <= 1:
+        raise ValueError(f"{name} must lie in (0, 1], got {value!r}.")

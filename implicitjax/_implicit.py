@@ -1,0 +1,98 @@
+r"""The theorem, and the two rules that JAX needs for it.
+
+Let `x*(θ)` solve `x = F(θ, x)`. With `J = ∂F/∂x` and `B = ∂F/∂θ` at the solution, and
+`A = I - J` regular, differentiating `x* = F(θ, x*)` along a tangent `θ̇` gives
+
+    ẋ = J ẋ + B θ̇                hence    forward    ẋ = A⁻¹ (B θ̇)
+    <x̄, ẋ> = <A⁻ᵀ x̄, B θ̇>        hence    reverse    θ̄ = Bᵀ u,   Aᵀ u = x̄
+
+(implicit function theorem: Dini, 1878; Krantz and Parks, 2002). Neither the guess nor
+the way to the solution enters: one linear solve, and no memory of the iterations.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.custom_derivatives import SymbolicZero
+from jaxtyping import PyTree
+
+from ._tree import sub
+
+
+Vector = list[Array]
+LinearSolve = Callable[[Callable[[Vector], Vector], Vector, PyTree], Vector]
+
+
+def by_jvp(F: Callable, solve: Callable, linear_solve: LinearSolve) -> Callable:
+    """`x*(θ)` with the forward rule. Its tangent is a linear solve that JAX can transpose,
+    so that this one rule serves forward mode, reverse mode, and both to any order."""
+
+    @jax.custom_jvp
+    def x_star(θ: Vector, fixed: PyTree) -> tuple[Vector, PyTree]:
+        return solve(θ, fixed)
+
+    def rule(primals: tuple, tangents: tuple) -> tuple:
+        (θ, fixed), (θ_dot, _) = primals, tangents
+        x, outcome = x_star(θ, fixed)
+        moving = [not isinstance(t, SymbolicZero) for t in θ_dot]
+        B = _pushforward(lambda part: F(_merge(moving, part, θ), x), _pick(moving, θ))
+        J = _linearize(lambda x: F(θ, x), x)
+        b = lax.optimization_barrier(B(_pick(moving, θ_dot)))  # one linear map: all leaves move
+        x_dot = linear_solve(lambda v: sub(v, J(v)), b, outcome)
+        return (x, outcome), (x_dot, jax.tree.map(_no_tangent, outcome))
+
+    x_star.defjvp(rule, symbolic_zeros=True)
+    return x_star
+
+
+def by_vjp(F: Callable, solve: Callable, linear_solve: LinearSolve) -> Callable:
+    """`x*(θ)` with the reverse rule, which needs nothing of `F` but its pullback."""
+
+    @jax.custom_vjp
+    def x_star(θ: Vector, fixed: PyTree) -> tuple[Vector, PyTree]:
+        return solve(θ, fixed)
+
+    def forward(θ: Vector, fixed: PyTree) -> tuple:
+        x, outcome = x_star(θ, fixed)
+        return (x, outcome), (θ, x, outcome)
+
+    def backward(residuals: tuple, cotangents: tuple) -> tuple:
+        (θ, x, outcome), (x_bar, _) = residuals, cotangents
+        _, pull = jax.vjp(F, θ, x)  # u ↦ (Bᵀ u, Jᵀ u)
+        u = linear_solve(lambda u: sub(u, pull(u)[1]), x_bar, outcome)
+        return pull(u)[0], None
+
+    x_star.defvjp(forward, backward)
+    return x_star
+
+
+def _pushforward(f: Callable, x: Any) -> Callable:
+    """`v ↦ ∂f/∂x v`, by `jax.jvp` alone."""
+    return lambda v: jax.jvp(f, (x,), (v,))[1]
+
+
+def _linearize(f: Callable, x: Vector) -> Callable[[Vector], Vector]:
+    """`v ↦ ∂f/∂x v`, with all that depends on `x` alone computed once, where JAX can split
+    it so: a `while_loop` over the unknown has a pushforward but no linearisation."""
+    try:
+        return jax.linearize(f, x)[1]
+    except (ValueError, NotImplementedError):
+        return _pushforward(f, x)
+
+
+def _pick(chosen: list[bool], leaves: Vector) -> Vector:
+    return [leaf for leaf, c in zip(leaves, chosen, strict=True) if c]
+
+
+def _merge(chosen: list[bool], part: Vector, leaves: Vector) -> Vector:
+    left = iter(part)
+    return [next(left) if c else leaf for leaf, c in zip(leaves, chosen, strict=True)]
+
+
+def _no_tangent(x: Array) -> Any:
+    if jnp.issubdtype(x.dtype, jnp.inexact):
+        return jnp.zeros_like(x)
+    return jnp.zeros(x.shape, jax.dtypes.float0)

@@ -1,0 +1,372 @@
+r"""The loop: it evaluates the map, estimates the error, and decides when to stop and why.
+
+The stop test bounds the error, not the step. With the residual `r(x) = f(x) - x`, the
+error of an iterate is `x* - x = (I - J)^-1 r(x)` to first order, and two successive
+iterates sample that inverse for nothing:
+
+    x_k - x_{k-1} = -(I - J)^-1 (r_k - r_{k-1})      to first order, hence
+    |x* - x_k|  ~  a_k |r_k|,     a_k = |x_k - x_{k-1}| / |r_k - r_{k-1}|,
+
+whatever method made the iterates. For Picard's iteration on a linear map with one
+dominant eigenvalue `l`, `a_k = 1 / |1 - l|` and the estimate is exact, for `l` near -1 as
+for `l` near 1. All norms are taken in units of the tolerance, `atol + rtol |x|`.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jaxtyping import Bool, Float, Int, PyTree
+
+from . import _tree
+from ._solution import Result
+from .solvers import AbstractSolver
+
+
+RUNNING, CONVERGED, MAX_STEPS, STAGNATED, DIVERGED, NONFINITE, ROUNDOFF = range(7)
+_RESULTS = {
+    MAX_STEPS: Result.max_steps_reached,
+    STAGNATED: Result.stagnated,
+    DIVERGED: Result.diverged,
+    NONFINITE: Result.nonfinite,
+}
+RESULT_NAMES = ("running", "converged", "max_steps_reached", "stagnated", "diverged", "nonfinite")
+
+# Below this many units of round-off a tolerance is clamped, and a residual is noise.
+_CLAMP, _FLOOR = 8.0, 2.0
+# How long an amplification is remembered: by what factor it fades from step to step.
+_FADE = 0.5
+# Cycles, divergence and noise are looked for at every such step.
+_WATCH = 8
+
+
+class LoopOptions(NamedTuple):
+    """What the loop is asked for; static, part of the key of the compiled program."""
+
+    max_steps: int
+    norm: Callable[[PyTree], Array]
+    early_stop: bool
+    history: bool
+    keep_best: bool
+    progress: Callable[[int, float], None] | None
+
+
+class Tolerances(eqx.Module):
+    """`rtol` and `atol` as given; `None` for the defaults by dtype and scale."""
+
+    rtol: Float[Array, ""] | None
+    atol: Float[Array, ""] | None
+
+
+class Outcome(eqx.Module):
+    """How the loop ended.
+
+    - `code`: one of the constants above, but neither `RUNNING` nor `ROUNDOFF`.
+    - `ratio`: the estimated error in units of the tolerance; converged means at most 1.
+    - `worst`: the index of the leaf with the largest residual in units of the tolerance.
+    - `history`: a list with the residuals of each leaf, or `None`.
+
+    The other fields are those of `Stats`.
+    """
+
+    code: Int[Array, ""]
+    num_steps: Int[Array, ""]
+    num_evaluations: Int[Array, ""]
+    residual_norm: Float[Array, ""]
+    error_estimate: Float[Array, ""]
+    ratio: Float[Array, ""]
+    contraction_rate: Float[Array, ""]
+    tolerance_clamped: Bool[Array, ""]
+    worst: Int[Array, ""]
+    history: list | None
+
+    def result(self) -> Result:
+        """The public name of the code."""
+        result = Result.converged
+        for code, member in _RESULTS.items():
+            result = Result.where(self.code == code, member, result)
+        return result
+
+
+class _Watch(eqx.Module):
+    """What is compared over many steps: `reference`, the iterate at the last power of two
+    (Brent's cycle finding, 1980), the `first` residual norm, the round-off `floor` of the
+    residual, the `best` residual so far and the step at which it was `best_at`."""
+
+    reference: list
+    first: Float[Array, ""]
+    floor: Float[Array, ""]
+    best: Float[Array, ""]
+    best_at: Int[Array, ""]
+
+
+class _State(eqx.Module):
+    """One state of the loop: the iterate `x`, its value `fx`, the solver's own state, and
+    in units of the tolerance the last residual norms (`recent`, newest first) and the
+    current `amplification` of a residual to an error."""
+
+    x: list
+    fx: list
+    solver: Any
+    step: Int[Array, ""]
+    code: Int[Array, ""]
+    recent: Float[Array, " window"]
+    amplification: Float[Array, ""]
+    watch: _Watch
+    best: tuple | None
+    history: list | None
+
+
+def iterate(
+    f: Callable[[list], list],
+    x0: list,
+    solver: AbstractSolver,
+    tolerances: Tolerances,
+    options: LoopOptions,
+) -> tuple[list, Outcome]:
+    """Iterates `x = f(x)` from `x0` until the estimated error is within the tolerance.
+
+    `x0` is a list of inexact arrays and `f` maps such lists to such lists. Returns the
+    last iterate (the best one, if it failed and `options.keep_best`) and the outcome.
+    """
+    scale = _Scale(tolerances, x0)
+
+    def norm(vector: list, x: list) -> Float[Array, ""]:
+        return options.norm(scale.units(vector, x))
+
+    def body(state: _State) -> _State:
+        x, solver_state = solver.step(f, state.x, state.fx, state.solver)
+        fx = f(x)
+        frozen, old = _tree.stop_gradient((x, fx)), _tree.stop_gradient((state.x, state.fx))
+        r, r_old = _tree.sub(frozen[1], frozen[0]), _tree.sub(old[1], old[0])
+        residual = norm(r, frozen[0])
+        moved = norm(_tree.sub(frozen[0], old[0]), frozen[0])
+        changed = norm(_tree.sub(r, r_old), frozen[0])
+        amplification = _amplification(moved, changed, state.amplification)
+        step = state.step + 1
+        watch, alarm = _look(state.watch, frozen[0], r, residual, step, scale, norm, options.norm)
+        code = _decide(residual, amplification, watch.floor, alarm)
+        return _State(
+            x=x,
+            fx=fx,
+            solver=solver_state,
+            step=step,
+            code=code,
+            recent=jnp.concatenate([residual[None], state.recent[:-1]]),
+            amplification=amplification,
+            watch=watch,
+            best=_keep(state.best, frozen, residual),
+            history=_record(state.history, r, step),
+        )
+
+    fx0 = f(x0)
+    state = _start(x0, fx0, solver, norm, options)
+
+    def running(state: _State) -> Bool[Array, ""]:
+        return (state.code == RUNNING) & (state.step < options.max_steps)
+
+    def reported(state: _State) -> _State:
+        state = body(state)
+        if options.progress is not None:
+            error = state.recent[0] * state.amplification
+            jax.debug.callback(options.progress, state.step, error)
+        return state
+
+    if options.early_stop:
+        state = lax.while_loop(running, reported, state)
+    else:
+
+        def scanned(state: _State, _: None) -> tuple[_State, None]:
+            return lax.cond(running(state), reported, lambda s: s, state), None
+
+        state, _ = lax.scan(scanned, state, length=options.max_steps)
+    return _finish(state, scale, norm, options)
+
+
+class _Scale:
+    """The unit in which every number is measured: `atol + rtol |x|`, entry by entry.
+
+    By default `rtol = eps^(2/3)` of the leaf's dtype and `atol = rtol` times the scale of
+    the leaf, the larger of the root mean squares of guess and iterate, so that the answer
+    does not depend on the units of the unknown. No unit is below `8 eps` times that scale.
+    """
+
+    def __init__(self, tolerances: Tolerances, x0: list):
+        self.tolerances = tolerances
+        self.guess = [_tree.rms_norm(leaf) for leaf in _tree.stop_gradient(x0)]
+
+    def _leaf(self, i: int, xi: Array) -> tuple[Array, Array]:
+        eps = float(jnp.finfo(xi.dtype).eps)
+        dtype = _tree.accumulation_dtype(xi)
+        rtol = self.tolerances.rtol
+        rtol = jnp.asarray(eps ** (2 / 3) if rtol is None else rtol, dtype)
+        typical = jnp.maximum(self.guess[i], _tree.rms_norm(xi))
+        atol = rtol * typical if self.tolerances.atol is None else self.tolerances.atol
+        asked = jnp.asarray(atol, dtype) + rtol * jnp.abs(xi).astype(dtype)
+        reach = eps * jnp.maximum(jnp.abs(xi).astype(dtype), typical)
+        return asked, reach
+
+    def units(self, vector: list, x: list) -> list:
+        """`vector` in units of the tolerance at `x`, at least in float32."""
+        out = []
+        for i, (vi, xi) in enumerate(zip(vector, x, strict=True)):
+            asked, reach = self._leaf(i, xi)
+            unit = jnp.maximum(asked, _CLAMP * reach)
+            unit = jnp.where(unit > 0, unit, 1.0)
+            out.append(vi.astype(jnp.promote_types(vi.dtype, unit.dtype)) / unit)
+        return out
+
+    def roundoff(self, x: list) -> list:
+        """The residual that round-off alone may leave."""
+        return [_FLOOR * self._leaf(i, xi)[1] for i, xi in enumerate(x)]
+
+    def clamped(self, x: list) -> Bool[Array, ""]:
+        """Whether some tolerance lies below what the dtype can reach."""
+        below = [jnp.sum(a < _CLAMP * r) for a, r in (self._leaf(i, xi) for i, xi in enumerate(x))]
+        return sum(below, jnp.zeros((), jnp.int32)) > 0
+
+
+def _amplification(moved: Array, changed: Array, last: Array) -> Array:
+    """`|dx| / |dr|` of the last step, or what is left of an earlier, larger one."""
+    largest = 1 / jnp.finfo(last.dtype).eps
+    sample = jnp.where(changed > 0, moved / jnp.where(changed > 0, changed, 1.0), largest)
+    at_rest = jnp.where(last > 0, last, largest)
+    sample = jnp.where(moved > 0, jnp.minimum(sample, largest), at_rest)
+    return jnp.maximum(sample, _FADE * last)
+
+
+def _decide(residual: Array, amplification: Array, floor: Array, alarm: Array) -> Array:
+    """The code after a step; what it says of convergence is settled in `_finish`."""
+    code = jnp.where(residual <= floor, ROUNDOFF, alarm)
+    code = jnp.where(residual * amplification <= 1, CONVERGED, code)
+    return jnp.where(jnp.isfinite(residual), code, NONFINITE).astype(jnp.int32)
+
+
+def _start(
+    x0: list, fx0: list, solver: AbstractSolver, norm: Callable, options: LoopOptions
+) -> _State:
+    """The state after the first evaluation. A single value says nothing of the error, so
+    that only a residual of exactly zero ends the solve here."""
+    frozen = _tree.stop_gradient((x0, fx0))
+    r = _tree.sub(frozen[1], frozen[0])
+    residual = norm(r, frozen[0])
+    zero = jnp.zeros_like(residual)
+    code = jnp.where(jnp.isfinite(residual), RUNNING, NONFINITE)
+    code = jnp.where(_tree.all_zero(r), CONVERGED, code).astype(jnp.int32)
+    first = options.norm(r)
+    step = jnp.zeros((), jnp.int32)
+    history = None
+    if options.history:
+        length = options.max_steps + 1
+        history = [jnp.zeros((length,), _tree.accumulation_dtype(xi)) for xi in x0]
+        history = _record(history, r, step)
+    return _State(
+        x=x0,
+        fx=fx0,
+        solver=solver.init(x0),
+        step=step,
+        code=code,
+        recent=jnp.full((5,), residual),
+        amplification=zero,
+        watch=_Watch(frozen[0], first, zero, residual, step),
+        best=(*frozen, residual) if options.keep_best else None,
+        history=history,
+    )
+
+
+def _look(
+    watch: _Watch,
+    x: list,
+    r: list,
+    residual: Array,
+    step: Array,
+    scale: _Scale,
+    norm: Callable,
+    plain_norm: Callable,
+) -> tuple[_Watch, Array]:
+    """Looks for cycles, divergence and noise. Each verdict is a proof, not a guess at
+    slowness: an iterate that came back to the last digit; a residual grown by
+    `eps^(-2/3)`, which leaves round-off above any attainable tolerance; a residual at the
+    level of round-off that has not improved for 24 steps."""
+    better = residual < watch.best
+    best = jnp.where(better, residual, watch.best)
+    best_at = jnp.where(better, step, watch.best_at)
+
+    def look() -> tuple[list, Array, Array]:
+        floor = norm(scale.roundoff(x), x)
+        distance = norm(_tree.sub(x, watch.reference), x)
+        grown = plain_norm(r) > watch.first / _tree.epsilon(x) ** (2 / 3)
+        cycle = (distance <= floor) & (residual > 100 * floor)
+        noise = (residual <= 100 * floor) & (step - best_at >= 24)
+        alarm = jnp.where(grown, DIVERGED, jnp.where(noise, ROUNDOFF, RUNNING))
+        alarm = jnp.where(cycle, STAGNATED, alarm)
+        turn = (step & (step - 1)) == 0
+        reference = _tree.where(turn, x, watch.reference)
+        return reference, floor, alarm.astype(jnp.int32)
+
+    def skip() -> tuple[list, Array, Array]:
+        return watch.reference, watch.floor, jnp.asarray(RUNNING, jnp.int32)
+
+    reference, floor, alarm = lax.cond(step % _WATCH == 0, look, skip)
+    return _Watch(reference, watch.first, floor, best, best_at), alarm
+
+
+def _keep(best: tuple | None, current: tuple, residual: Array) -> tuple | None:
+    """The iterate with the smallest residual, where it is asked for."""
+    if best is None:
+        return None
+    return _tree.where(residual < best[-1], (*current, residual), best)
+
+
+def _record(history: list | None, r: list, step: Array) -> list | None:
+    if history is None:
+        return None
+    return [h.at[step].set(_tree.rms_norm(ri)) for h, ri in zip(history, r, strict=True)]
+
+
+def _finish(
+    state: _State, scale: _Scale, norm: Callable, options: LoopOptions
+) -> tuple[list, Outcome]:
+    """The verdict. The error estimate counts the round-off of the residual too; a solve
+    that round-off ended has converged only if the estimate allows it, or if no more was
+    asked for than the dtype can reach."""
+    x, fx = state.x, state.fx
+    if state.best is not None:
+        failed = state.code != CONVERGED
+        x, fx = _tree.where(failed, state.best[:2], (x, fx))
+    at = _tree.stop_gradient(x)
+    r = _tree.sub(_tree.stop_gradient(fx), at)
+    units, roundoff = scale.units(r, at), scale.roundoff(at)
+    amplification = jnp.where(state.step == 0, 1.0, state.amplification)
+    ratio = amplification * jnp.maximum(options.norm(units), norm(roundoff, at) / _FLOOR)
+    clamped = scale.clamped(at)
+
+    settled = (state.code == CONVERGED) | (state.code == ROUNDOFF)
+    verdict = jnp.where((ratio <= 1) | clamped, CONVERGED, STAGNATED)
+    code = jnp.where(settled, verdict, state.code)
+    code = jnp.where(code == RUNNING, MAX_STEPS, code)
+    finite = _tree.all_zero([~jnp.isfinite(leaf) for leaf in r])
+    code = jnp.where((code == NONFINITE) & finite, DIVERGED, code)  # only the norm overflowed
+
+    residual_norm = _tree.robust_norm(options.norm, r)
+    noise_norm = _tree.robust_norm(options.norm, roundoff) / _FLOOR
+    back = jnp.minimum(state.step, state.recent.shape[0] - 1)
+    before = state.recent[back]
+    known = (back > 0) & (before > 0)
+    quotient = jnp.where(known, state.recent[0] / jnp.where(known, before, 1.0), 0.0)
+    leaf_norms = jnp.stack([options.norm([leaf]) for leaf in units])
+    return x, Outcome(
+        code=code.astype(jnp.int32),
+        num_steps=state.step,
+        num_evaluations=state.step + 1,
+        residual_norm=residual_norm,
+        error_estimate=amplification * jnp.maximum(residual_norm, noise_norm),
+        ratio=ratio,
+        contraction_rate=quotient ** (1 / jnp.maximum(back, 1)),
+        tolerance_clamped=clamped,
+        worst=jnp.argmax(jnp.where(jnp.isfinite(leaf_norms), leaf_norms, jnp.inf)),
+        history=state.history,
+    )

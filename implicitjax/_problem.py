@@ -1,0 +1,374 @@
+"""The trace: from the user's map, its guess and its arguments to a clean problem.
+
+Here the untidy world is met, once. Out comes a `Trace`: a jaxpr with all that it reads,
+captured arrays included, among its inputs, and the role of every leaf of the state.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.extend.core as jec
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+from jax.interpreters import partial_eval
+from jaxtyping import PyTree
+
+from ._fingerprint import fingerprint
+from ._structure import assign_roles, dependencies, Roles
+
+
+class Static:
+    """A leaf that is no array: equal to another of the same type and value."""
+
+    __slots__ = ("value",)
+
+    def __init__(self, value: Any):
+        self.value = value
+
+    def __hash__(self) -> int:
+        return hash(self.value)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Static) or type(other.value) is not type(self.value):
+            return False
+        return self.value is other.value or bool(self.value == other.value)
+
+
+class Held(eqx.Module):
+    """A leaf that is no array on its way out of a compiled program."""
+
+    value: Any = eqx.field(static=True)
+
+
+class Call(NamedTuple):
+    """A call of the map as a pytree: `treedef` of `(f, x0, args)` and, leaf by leaf, its
+    `statics`, `None` where the leaf is an array. Hashable if the user's statics are."""
+
+    treedef: Any
+    statics: tuple[Static | None, ...]
+    state: tuple[int, int]
+    has_aux: bool
+
+    def rebuild(self, arrays: Sequence[Any]) -> tuple[Callable, Any, tuple]:
+        """`(f, x0, args)` again, from the arrays among their leaves."""
+        left = iter(arrays)
+        leaves = [next(left) if s is None else s.value for s in self.statics]
+        return jax.tree.unflatten(self.treedef, leaves)
+
+    def state_arrays(self) -> tuple[int | None, ...]:
+        """For each leaf of `x0` its index among the arrays, or `None` if it is static."""
+        count, out = 0, []
+        for i, static in enumerate(self.statics):
+            if self.state[0] <= i < self.state[1]:
+                out.append(count if static is None else None)
+            count += static is None
+        return tuple(out)
+
+
+def split_call(f: Any, x0: Any, args: tuple, has_aux: bool) -> tuple[Call, list]:
+    """Splits a call into a hashable part and its arrays.
+
+    Arrays, and Python floats in `x0`, are inputs of the program. Python numbers in `f` and
+    `args`, strings and callables are part of the program, as are integers in `x0` until
+    the trace shows that the map writes them.
+    """
+    if not callable(f):
+        raise TypeError(f"The map must be callable, got {f!r}.")
+    leaves, treedef = jax.tree.flatten((as_pytree(f), x0, args))
+    size_f, size_x = jax.tree.structure(as_pytree(f)).num_leaves, len(jax.tree.leaves(x0))
+    state = (size_f, size_f + size_x)
+    arrays, statics = [], []
+    for i, leaf in enumerate(leaves):
+        in_state = state[0] <= i < state[1]
+        if is_array(leaf) or (in_state and type(leaf) in (float, complex)):
+            arrays.append(leaf)
+            statics.append(None)
+        else:
+            statics.append(Static(leaf))
+    return Call(treedef, tuple(statics), state, has_aux), arrays
+
+
+def as_pytree(f: Any) -> Any:
+    """`functools.partial` as a pytree, so that what it binds is seen; others as they are."""
+    if isinstance(f, functools.partial) and not isinstance(f, jax.tree_util.Partial):
+        return jax.tree_util.Partial(as_pytree(f.func), *f.args, **f.keywords)
+    return f
+
+
+def is_array(leaf: Any) -> bool:
+    """Whether a leaf is an array that JAX can hold."""
+    if isinstance(leaf, (np.ndarray, np.generic)):
+        return leaf.dtype.kind not in "OSUMm"
+    return isinstance(leaf, jax.Array)
+
+
+class Output(NamedTuple):
+    """What the map returned, apart from its arrays: the structure of `aux`, and of state
+    and `aux` the leaves that are no arrays (`None` where one is)."""
+
+    state_statics: tuple[Static | None, ...]
+    aux_tree: Any
+    aux_statics: tuple[Static | None, ...]
+
+
+class Trace:
+    """A traced map. Equal to another if it is the same program; see `_fingerprint.py`.
+
+    Its jaxpr takes `num_consts` captured arrays, then the arrays of the call, and returns
+    the array leaves of the state, then those of `aux`.
+    """
+
+    def __init__(self, closed: jec.ClosedJaxpr, call: Call, inputs: list, output: Output):
+        jaxpr = closed.jaxpr
+        self.num_consts = len(jaxpr.constvars)
+        self.jaxpr = _open_constants(jaxpr)
+        self.output = output
+        self.state_tree = jax.tree.structure(call.rebuild(inputs)[1])
+        self.dtypes = tuple(v.aval.dtype for v in self.jaxpr.invars)  # pyright: ignore
+        self.state = tuple(
+            self.num_consts + i for i in call.state_arrays() if i is not None
+        )
+        self.paths = _paths(call, inputs)
+        self._key = (fingerprint(jaxpr), output, self.state_tree, self.state, self.paths)
+        self._hash = hash(self._key)
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Trace) and self._key == other._key
+
+    def rebuild(self, state: list, aux: list) -> tuple[PyTree, PyTree, bool]:
+        """State and `aux` as the map returned them, and whether a `Held` is among them."""
+        out = self.output
+        held = any(s is not None for s in (*out.state_statics, *out.aux_statics))
+        value = jax.tree.unflatten(self.state_tree, _fill(out.state_statics, state))
+        return value, jax.tree.unflatten(out.aux_tree, _fill(out.aux_statics, aux)), held
+
+    def history_tree(self, history: list | None) -> PyTree:
+        """The residuals of each leaf of the unknown in the structure of the state."""
+        if history is None:
+            return None
+        leaves: list[Any] = [None] * len(self.state)
+        for i, leaf in zip(self.roles.feedback, history, strict=True):
+            leaves[i] = leaf
+        arrays = iter(leaves)
+        full = [None if s is not None else next(arrays) for s in self.output.state_statics]
+        return jax.tree.unflatten(self.state_tree, full)
+
+    @functools.cached_property
+    def flows(self) -> list:
+        """For every output the inputs that it depends on."""
+        return dependencies(self.jaxpr)
+
+    @functools.cached_property
+    def roles(self) -> Roles:
+        """The role of every array leaf of the state; an integer must not feed back."""
+        roles = assign_roles(self.flows, self.state)
+        for i in roles.feedback:
+            aval = self.jaxpr.invars[self.state[i]].aval
+            if not jnp.issubdtype(aval.dtype, jnp.inexact):  # pyright: ignore
+                raise TypeError(
+                    f"The leaf {self.paths[i]} of the state, {aval}, is not of a float or complex "
+                    "dtype, but the map reads it again: an unknown must be continuous. Make it a "
+                    "float, or take it out of the state."
+                )
+        return roles
+
+    @functools.cached_property
+    def has_custom_vjp(self) -> bool:
+        """Whether the map holds a function that has a pullback but no pushforward."""
+        return _contains(self.jaxpr, ("custom_vjp_call", "custom_vjp_call_jaxpr"))
+
+    @functools.cache  # noqa: B019 (a trace lives as long as the program compiled from it)
+    def program(self, outputs: tuple[int, ...]) -> Callable[[Sequence[Array]], list[Array]]:
+        """The part of the map that computes some of its outputs, and nothing else."""
+        wanted = [i in outputs for i in range(len(self.jaxpr.outvars))]
+        jaxpr, used = partial_eval.dce_jaxpr(self.jaxpr, wanted)
+        order = sorted(outputs)
+
+        def run(inputs: Sequence[Array]) -> list[Array]:
+            read = [x for x, u in zip(inputs, used, strict=True) if u]
+            values = dict(zip(order, jax.core.eval_jaxpr(jaxpr, (), *read), strict=True))
+            return [values[i] for i in outputs]
+
+        return run
+
+
+def _fill(statics: tuple[Static | None, ...], arrays: list) -> list:
+    left = iter(arrays)
+    return [next(left) if s is None else Held(s.value) for s in statics]
+
+
+def trace(call: Call, arrays: list) -> tuple[Trace, list, list]:
+    """Traces the map once more than its guess needs corrections of type.
+
+    Returns the trace, the captured arrays, and the arrays of the call with those of the
+    guess in the dtypes that the map returns: a Python number, or another weakly typed leaf,
+    takes the dtype of the output; a Python integer that the map changes becomes an array.
+    """
+    for _ in range(3):
+        closed, output, corrections = _trace_once(call, arrays)
+        if not corrections:
+            return Trace(closed, call, arrays, output), list(closed.consts), arrays
+        call, arrays = _correct(call, arrays, corrections)
+    raise TypeError(
+        "The map returns another dtype for each dtype of the guess: pass a guess of a fixed "
+        f"dtype, such as jnp.asarray(x0, {jnp.zeros(()).dtype.name})."
+    )
+
+
+def _trace_once(call: Call, arrays: list) -> tuple[jec.ClosedJaxpr, Output, dict[int, Any]]:
+    seen: dict[str, Any] = {}
+
+    def flat(arrays: list) -> list:  # made anew each time: JAX caches traces by function
+        f, x0, args = call.rebuild(arrays)
+        value = f(x0, *args)
+        aux = None
+        if call.has_aux:
+            if not isinstance(value, tuple) or len(value) != 2:
+                raise TypeError(
+                    "With has_aux=True the map must return a pair (x, aux), got "
+                    f"{type(value).__name__}."
+                )
+            value, aux = value
+        state, state_statics, seen["corrections"] = _match(call, arrays, x0, value)
+        aux_leaves, aux_tree = jax.tree.flatten(aux)
+        aux_statics = tuple(None if is_array(a) else Static(a) for a in aux_leaves)
+        seen["output"] = Output(state_statics, aux_tree, aux_statics)
+        return state + [a for a in aux_leaves if is_array(a)]
+
+    closed = jax.make_jaxpr(flat)(arrays)
+    return closed, seen["output"], seen["corrections"]
+
+
+def _match(
+    call: Call, arrays: list, x0: Any, value: Any
+) -> tuple[list, tuple[Static | None, ...], dict[int, Any]]:
+    """The array leaves of the state that came out, each like the one that went in."""
+    before, tree = jax.tree_util.tree_flatten_with_path(x0)
+    after, tree_out = jax.tree_util.tree_flatten_with_path(value)
+    if tree != tree_out:
+        raise TypeError(_structure_message(before, after, tree, tree_out))
+    out: list[Any] = []
+    statics: list[Static | None] = []
+    corrections: dict[int, Any] = {}
+    for k, ((path, old), (_, new)) in enumerate(zip(before, after, strict=True)):
+        name = "x0" + jax.tree_util.keystr(path)
+        leaf = call.state[0] + k
+        if call.statics[leaf] is not None:
+            if new is old or Static(new) == Static(old):
+                statics.append(Static(old))
+            elif isinstance(old, (bool, int)) and (is_array(new) or _is_number(new)):
+                corrections[leaf] = jnp.result_type(new)
+                statics.append(None)
+            else:
+                raise TypeError(f"The leaf {name} is {old!r} in the guess, but the map returns {new!r}.")
+            continue
+        statics.append(None)
+        if not (is_array(new) or _is_number(new)):
+            raise TypeError(f"The leaf {name} is {_describe(old)} in the guess, but the map returns {new!r}.")
+        new = _like(name, old, new)
+        if new.dtype != old.dtype:
+            corrections[leaf] = new.dtype
+        out.append(new)
+    return out, tuple(statics), corrections
+
+
+def _like(name: str, old: Any, new: Any) -> Array:
+    """`new` as an array of the shape and, where promotion allows, the dtype of `old`."""
+    new, old = jnp.asarray(new), jnp.asarray(old)
+    same_shape = new.shape == old.shape
+    if same_shape and new.dtype == old.dtype:
+        return new
+    if same_shape and _weak(new) and jnp.promote_types(new.dtype, old.dtype) == old.dtype:
+        return new.astype(old.dtype)
+    if same_shape and _weak(old) and jnp.issubdtype(new.dtype, jnp.number):
+        return new  # the guess takes the dtype of the output
+    remedy = "pass a guess of the shape and dtype that the map returns"
+    if same_shape:
+        remedy = f"pass a guess of dtype {new.dtype}, or cast the result to {old.dtype}"
+    raise TypeError(
+        f"The leaf {name} is {_describe(old)} in the guess, but the map returns "
+        f"{_describe(new)}: {remedy}."
+    )
+
+
+def _weak(x: Any) -> bool:
+    return bool(getattr(jax.typeof(x), "weak_type", False))
+
+
+def _is_number(leaf: Any) -> bool:
+    return isinstance(leaf, (bool, int, float, complex))
+
+
+def _describe(leaf: Any) -> str:
+    if is_array(leaf) or _is_number(leaf):
+        return jax.typeof(leaf).str_short()
+    return repr(leaf)
+
+
+def _structure_message(before: list, after: list, tree: Any, tree_out: Any) -> str:
+    """Where two structures part: the first path that only one of them has."""
+    head = "The map must return the structure of its guess. "
+    old = {jax.tree_util.keystr(p): leaf for p, leaf in before}
+    new = {jax.tree_util.keystr(p): leaf for p, leaf in after}
+    for path, leaf in old.items():
+        if path not in new:
+            return f"{head}The leaf x0{path} ({_describe(leaf)}) is missing from what it returns: {tree_out}."
+    for path, leaf in new.items():
+        if path not in old:
+            return (
+                f"{head}It returns a leaf at x0{path} ({_describe(leaf)}) that the guess does "
+                f"not have: the guess is {tree}. If the map returns (x, aux), pass has_aux=True."
+            )
+    return f"{head}The leaves have the same paths, but the guess is\n  {tree}\nand it returns\n  {tree_out}."
+
+
+def _correct(call: Call, arrays: list, corrections: dict[int, Any]) -> tuple[Call, list]:
+    """The call again, with leaves of the guess as arrays of the dtypes that are named."""
+    statics, left, out = list(call.statics), iter(arrays), []
+    for i, static in enumerate(call.statics):
+        value = next(left) if static is None else static.value
+        if i in corrections:
+            statics[i] = None
+            out.append(lax.convert_element_type(value, corrections[i]))
+        elif static is None:
+            out.append(value)
+    return call._replace(statics=tuple(statics)), out
+
+
+def _paths(call: Call, arrays: list) -> tuple[str, ...]:
+    """The paths of the array leaves of the state."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(call.rebuild(arrays)[1])
+    indices = call.state_arrays()
+    named = zip(leaves, indices, strict=True)
+    return tuple("x0" + jax.tree_util.keystr(path) for (path, _), i in named if i is not None)
+
+
+def _open_constants(jaxpr: jec.Jaxpr) -> jec.Jaxpr:
+    """The jaxpr with its constants as its first inputs."""
+    invars = [*jaxpr.constvars, *jaxpr.invars]
+    names = jaxpr.debug_info.with_unknown_names()
+    return jaxpr.replace(constvars=[], invars=invars, debug_info=names)
+
+
+def _contains(jaxpr: jec.Jaxpr, names: tuple[str, ...]) -> bool:
+    return any(
+        eqn.primitive.name in names or any(_contains(sub, names) for sub in _subjaxprs(eqn))
+        for eqn in jaxpr.eqns
+    )
+
+
+def _subjaxprs(eqn: jec.JaxprEqn) -> list[jec.Jaxpr]:
+    found = []
+    for value in jax.tree.leaves(tuple(eqn.params.values()), is_leaf=lambda v: not isinstance(v, (tuple, list))):
+        if isinstance(value, jec.ClosedJaxpr):
+            found.append(value.jaxpr)
+        elif isinstance(value, jec.Jaxpr):
+            found.append(value)
+    return found

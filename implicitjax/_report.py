@@ -1,0 +1,74 @@
+"""How a failure reaches the user: an exception, or NaN in the failing lane.
+
+An eager call is checked on the host, after the compiled program. Inside a trace an exception
+needs a host callback, which is compiled only for `on_failure="raise"` and entered only
+when something failed, also under vmap.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+from jaxtyping import Bool, PyTree
+
+from . import _tree
+
+
+def raise_if(
+    failed: Bool[Array, ""], raiser: Callable[..., None], operands: dict[str, Array]
+) -> Bool[Array, ""]:
+    """Calls `raiser(failed, operands)` on the host if `failed`; returns `False`.
+
+    What depends on the result cannot be computed before the check, nor the check be dropped.
+    Under vmap the raiser sees all lanes at once, with leading axes.
+    """
+    frozen = _tree.stop_gradient(operands)
+    shape = jax.ShapeDtypeStruct((), np.dtype(bool))
+
+    def host(failed: Any, operands: dict[str, Any]) -> np.ndarray:
+        failed = np.asarray(failed)
+        if failed.any():
+            raiser(failed, {k: np.asarray(v) for k, v in operands.items()})
+        return np.zeros(failed.shape, bool)
+
+    def call(flag: Bool[Array, ""]) -> Bool[Array, ""]:
+        return jax.pure_callback(host, shape, flag, frozen, vmap_method="broadcast_all")
+
+    # A loop of one round at most is a conditional that vmap does not turn into a select.
+    return lax.while_loop(lambda flag: flag, call, lax.stop_gradient(failed))
+
+
+def first_failure(failed: np.ndarray, operands: dict[str, Any]) -> tuple[dict[str, Any], str]:
+    """The numbers of the first failing lane, and its words for the message."""
+    if failed.ndim == 0:
+        return operands, ""
+    index = tuple(int(i) for i in np.argwhere(failed)[0])
+    lane = index[0] if len(index) == 1 else index
+    words = f" in lane {lane} ({int(failed.sum())} of {failed.size} lanes failed)"
+    picked = {k: np.broadcast_to(v, failed.shape)[index] for k, v in operands.items()}
+    return picked, words
+
+
+def poison(failed: Bool[Array, ""], tree: PyTree) -> PyTree:
+    """NaN in every inexact leaf of `tree` if `failed`.
+
+    Its derivative is the identity: NaN in the derivative of a failed lane is the business of
+    the rule behind `tree`, which makes it of cotangents that are not zero. So the gradient
+    of a lane that the loss masks away is 0, not NaN.
+    """
+    return jax.tree.map(
+        lambda x: _poison(failed, x) if jnp.issubdtype(x.dtype, jnp.inexact) else x, tree
+    )
+
+
+@jax.custom_jvp
+def _poison(failed: Bool[Array, ""], x: Array) -> Array:
+    return jnp.where(failed, jnp.full_like(x, jnp.nan), x)
+
+
+@_poison.defjvp
+def _(primals: tuple, tangents: tuple) -> tuple[Array, Array]:
+    return _poison(*primals), tangents[1]

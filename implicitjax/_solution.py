@@ -1,0 +1,130 @@
+"""What a solve returns, and the words for every way in which it can fail."""
+
+from typing import Any
+
+import equinox as eqx
+from jax import Array
+from jaxtyping import Bool, Float, Int, PyTree
+
+
+class Result(eqx.Enumeration):
+    """How a solve ended. Every member but `converged` is a failure."""
+
+    converged = "The estimated error is within the tolerance."
+    max_steps_reached = (
+        "The solve used up `max_steps` while the estimated error was still above the "
+        "tolerance.\n"
+        "  (a) If the contraction rate below is under 1, it was converging: allow more "
+        "steps, or use `Anderson()` or `Newton()`, which need fewer.\n"
+        "  (b) If the rate is 1 or more, the map does not contract: use `Anderson()`, "
+        "`Newton()`, or `Picard(damping=...)` below 1.\n"
+        "  (c) If the tolerance is tighter than needed, loosen `rtol` and `atol`."
+    )
+    stagnated = (
+        "The iterates stopped making progress before the estimated error met the "
+        "tolerance.\n"
+        "  (a) They go round in a cycle: use `Picard(damping=...)` below 1, `Anderson()` "
+        "or `Newton()`.\n"
+        "  (b) The residual is down to round-off and the map amplifies it: the tolerance "
+        "cannot be met in this dtype; use float64 or loosen `rtol` and `atol`."
+    )
+    diverged = (
+        "The residual grew until no digit of the guess was left.\n"
+        "  (a) The map does not contract: use `Anderson()`, `Newton()`, or "
+        "`Picard(damping=...)` below 1.\n"
+        "  (b) There may be no fixed point near the guess: start closer."
+    )
+    nonfinite = (
+        "The map, or the step of the solver, gave NaN or infinity.\n"
+        "  (a) The guess may lie outside the domain of the map (a negative root, a "
+        "logarithm of zero): start inside.\n"
+        "  (b) A step may have left the domain: use `Picard(damping=...)` or "
+        "`Anderson(damping=...)` below 1."
+    )
+
+
+class Stats(eqx.Module):
+    """What a solve cost and how well it did. All fields are arrays.
+
+    - `num_steps`: steps of the solver that were taken.
+    - `num_evaluations`: evaluations of the map `f` by the solver. A product with its
+      Jacobian, as `Newton` needs, is not counted.
+    - `residual_norm`: `norm(f(x) - x)` at the returned value, in the units of `x`.
+    - `error_estimate`: an estimate of `norm(x - x*)` at the returned value, in the same
+      units; this, not the residual, is what the tolerances bound.
+    - `contraction_rate`: by what factor a step reduced the residual, near the end; 0
+      where no step was needed.
+    - `tolerance_clamped`: whether the tolerances lay below the round-off of the dtype,
+      so that the solve was held to what the dtype can reach instead.
+    - `residual_history`: with `history=True` the root mean square of the residual of every
+      leaf: the structure of `x0`, each iterated leaf replaced by an array of shape
+      `(max_steps + 1,)` whose entry `k` belongs to the iterate after `k` steps (0 beyond
+      `num_steps`), every other leaf by `None`. Otherwise `None`.
+    """
+
+    num_steps: Int[Array, "..."]
+    num_evaluations: Int[Array, "..."]
+    residual_norm: Float[Array, "..."]
+    error_estimate: Float[Array, "..."]
+    contraction_rate: Float[Array, "..."]
+    tolerance_clamped: Bool[Array, "..."]
+    residual_history: PyTree = None
+
+
+class Solution(eqx.Module):
+    """The answer to `x = f(x, *args)`.
+
+    - `value`: the fixed point, with the structure, shapes and dtypes of `x0`.
+    - `aux`: what `f` returned beside it, at the fixed point (`None` without `has_aux`).
+    - `stats`: a `Stats`.
+    - `result`: a `Result`.
+    """
+
+    value: PyTree
+    aux: PyTree
+    stats: Stats
+    result: Result
+
+    @property
+    def converged(self) -> Bool[Array, "..."]:
+        """Whether the estimated error is within the tolerance."""
+        return self.result == Result.converged
+
+
+class ConvergenceError(RuntimeError):
+    """A solve did not converge. The message says how it ended and what to try."""
+
+
+class DerivativeError(RuntimeError):
+    """The linear solve behind a derivative failed. The message says what to try."""
+
+
+def convergence_message(result: str, info: dict[str, Any], lane: str = "") -> str:
+    """The words of a failed solve, from concrete numbers."""
+    return (
+        f"The fixed point was not reached{lane}: {result}.\n"
+        f"  after {info['num_steps']} steps the residual norm is "
+        f"{info['residual_norm']:.3e}\n"
+        f"  the estimated error is {info['ratio']:.3e} times the tolerance, and a step "
+        f"reduced the residual by a factor of {info['contraction_rate']:.4g}\n"
+        f"  the worst leaf is {info['leaf']}\n"
+        f"{Result[getattr(Result, result)]}\n"
+        'Pass `on_failure="return"` for the best iterate with its result, or "nan" for NaN.'
+    )
+
+
+def derivative_message(info: dict[str, Any], lane: str = "") -> str:
+    """The words of a failed linear solve, from concrete numbers."""
+    return (
+        f"The derivative of the fixed point could not be computed{lane}: its linear solve "
+        "with I - df/dx failed.\n"
+        f"  relative residual {info['residual']:.3e}, tolerated {info['tolerance']:.3e}\n"
+        f"  estimated condition number of I - df/dx: at least {info['condition']:.3e}\n"
+        "  (a) I - df/dx is singular or nearly so (a fold, or an eigenvalue 1 of df/dx): "
+        "no derivative exists there.\n"
+        "  (b) An iterative linear solver ran out of steps: give it more, or use "
+        "`ImplicitAdjoint(linear_solver=DenseLU())` where the unknown is small.\n"
+        "  (c) The map has no finite derivative at the solution (a kink, a square root at "
+        "0).\n"
+        'Pass `on_failure="return"` for the result as it is, or "nan" for NaN.'
+    )

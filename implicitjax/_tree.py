@@ -1,0 +1,175 @@
+"""Pytrees as vectors of a real inner-product space, leaf by leaf.
+
+A *vector* is a list (or any pytree) of inexact arrays. Nothing is ever raveled into one
+buffer, so a leaf that is sharded over a mesh stays where it is: a sum over a vector
+costs one all-reduce of a scalar.
+
+Complex leaves are vectors over the reals: the inner product is the real part of the
+Hermitian one. Maps that conjugate, or take moduli or real parts, are linear over the
+reals alone, so a complex inner product would be the wrong one for their derivatives.
+
+Reductions are accumulated in float32 at least: in bfloat16 a sum of 300 ones is 256.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jaxtyping import Bool, Float, PyTree
+
+
+def accumulation_dtype(*trees: PyTree) -> Any:
+    """The real dtype, float32 at least, in which sums over these leaves are taken."""
+    dtypes = [jnp.finfo(leaf.dtype).dtype for leaf in jax.tree.leaves(trees)]
+    return jnp.result_type(jnp.float32, *dtypes)
+
+
+def epsilon(tree: PyTree) -> float:
+    """The unit round-off of the coarsest dtype among the leaves."""
+    return max(float(jnp.finfo(leaf.dtype).eps) for leaf in jax.tree.leaves(tree))
+
+
+def axpy(alpha: Any, x: PyTree, y: PyTree) -> PyTree:
+    """`alpha x + y`, every leaf in the dtype of `y`."""
+
+    def leaf(xi: Array, yi: Array) -> Array:
+        scaled = jnp.asarray(alpha).astype(jnp.finfo(yi.dtype).dtype) * xi.astype(yi.dtype)
+        return scaled + yi
+
+    return jax.tree.map(leaf, x, y)
+
+
+def sub(x: PyTree, y: PyTree) -> PyTree:
+    """`x - y`."""
+    return jax.tree.map(lambda xi, yi: xi - yi, x, y)
+
+
+def where(condition: Bool[Array, ""], x: PyTree, y: PyTree) -> PyTree:
+    """`x` where the scalar `condition` holds, else `y`; dtypes (and keys) are kept."""
+    return jax.tree.map(lambda xi, yi: jnp.where(condition, xi, yi), x, y)
+
+
+def stop_gradient(tree: PyTree) -> PyTree:
+    """The same arrays, as constants for every derivative."""
+    return jax.tree.map(lax.stop_gradient, tree)
+
+
+def _real_product(x: Array, y: Array, dtype: Any) -> Array:
+    """The integrand of `Re <x, y>`, elementwise: a sum of it never gathers a sharded leaf."""
+    if jnp.iscomplexobj(x):
+        product = x.real.astype(dtype) * y.real.astype(dtype)
+        return product + x.imag.astype(dtype) * y.imag.astype(dtype)
+    return x.astype(dtype) * y.astype(dtype)
+
+
+def inner(x: PyTree, y: PyTree) -> Float[Array, ""]:
+    """The real inner product `Re <x, y>`, summed over all leaves."""
+    dtype = accumulation_dtype(x, y)
+    products = jax.tree.map(lambda xi, yi: jnp.sum(_real_product(xi, yi, dtype)), x, y)
+    return sum(jax.tree.leaves(products), jnp.zeros((), dtype))
+
+
+def inner_columns(columns: PyTree, x: PyTree) -> Float[Array, " m"]:
+    """`Re <column_i, x>` for the `m` columns stacked along the first axis of each leaf."""
+    dtype = accumulation_dtype(columns, x)
+
+    def leaf(ci: Array, xi: Array) -> Array:
+        return jnp.sum(_real_product(ci, xi[None], dtype), axis=tuple(range(1, ci.ndim)))
+
+    return sum(jax.tree.leaves(jax.tree.map(leaf, columns, x)), jnp.zeros((), dtype))
+
+
+def combine_columns(columns: PyTree, weights: Float[Array, " m"]) -> PyTree:
+    """`sum_i weights_i column_i`, every leaf in its own dtype."""
+
+    def leaf(ci: Array) -> Array:
+        real = jnp.promote_types(jnp.finfo(ci.dtype).dtype, weights.dtype)
+        wide = ci.astype(jnp.promote_types(ci.dtype, real))
+        w = weights.astype(real).reshape((-1,) + (1,) * (ci.ndim - 1))
+        return jnp.sum(w * wide, axis=0).astype(ci.dtype)
+
+    return jax.tree.map(leaf, columns)
+
+
+def size(tree: PyTree) -> int:
+    """The number of entries, over all leaves."""
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+
+def rms_norm(x: PyTree) -> Float[Array, ""]:
+    """The root mean square of all entries of all leaves, `sqrt(sum |x_i|^2 / n)`.
+
+    **Arguments**
+
+    - `x`: a pytree of real or complex arrays of any shapes.
+
+    **Returns**
+
+    A real scalar of the widest real dtype among the leaves, float32 at least; 0 for an
+    empty tree. NaN and infinity in any entry reach the result.
+
+    ```python
+    >>> import jax.numpy as jnp, implicitjax as ij
+    >>> float(ij.rms_norm([jnp.array([3.0, 4.0]), jnp.array([0.0, 0.0])]))
+    2.5
+
+    ```
+    """
+    return jnp.sqrt(inner(x, x) / max(size(x), 1))
+
+
+def robust_norm(norm: Callable[[PyTree], Array], x: PyTree) -> Float[Array, ""]:
+    """`norm(x)` by way of `m norm(x / m)` with `m = max |x|`: no square overflows.
+
+    The maximum comes from finite entries alone; NaN and infinity reach the result by the
+    division, so that no reduction has to carry them.
+    """
+    dtype = accumulation_dtype(x)
+    wide = [xi.astype(jnp.promote_types(xi.dtype, dtype)) for xi in jax.tree.leaves(x)]
+    largest = jnp.zeros((), dtype)
+    for xi in wide:
+        magnitude = jnp.where(jnp.isfinite(xi), jnp.abs(xi), 0.0)
+        largest = jnp.maximum(largest, jnp.max(magnitude, initial=0.0).astype(dtype))
+    unit = jnp.where(largest > 0, largest, 1.0)
+    return unit * norm([xi / unit.astype(jnp.finfo(xi.dtype).dtype) for xi in wide])
+
+
+def all_zero(x: Sequence[Array]) -> Bool[Array, ""]:
+    """Whether every entry is exactly zero (NaN is not)."""
+    nonzero = sum((jnp.sum(xi != 0) for xi in x), jnp.zeros((), jnp.int32))
+    return nonzero == 0
+
+
+def as_reals(tree: PyTree) -> tuple[Callable[[PyTree], list], Callable[[list], PyTree]]:
+    """Two linear maps, from vectors like `tree` to lists of reals of one dtype and back.
+
+    A complex leaf becomes two real ones, and every leaf is widened to one dtype (float32
+    at least), so that a linear solver sees a plain real operator: maps that are linear
+    over the reals alone, mixed dtypes and half precision are none of its business.
+    Both maps are linear over the reals, so JAX transposes what is built from them.
+    """
+    leaves, treedef = jax.tree.flatten(tree)
+    dtype = accumulation_dtype(leaves)
+    narrow = [leaf.dtype for leaf in leaves]
+
+    def to_reals(vector: PyTree) -> list:
+        out = []
+        for leaf in jax.tree.leaves(vector):
+            parts = (leaf.real, leaf.imag) if jnp.iscomplexobj(leaf) else (leaf,)
+            out.extend(part.astype(dtype) for part in parts)
+        return out
+
+    def from_reals(reals: list) -> PyTree:
+        parts, out = iter(reals), []
+        for d in narrow:
+            if jnp.issubdtype(d, jnp.complexfloating):
+                re, im = next(parts), next(parts)
+                real = jnp.finfo(d).dtype
+                out.append(lax.complex(re.astype(real), im.astype(real)))
+            else:
+                out.append(next(parts).astype(d))
+        return jax.tree.unflatten(treedef, out)
+
+    return to_reals, from_reals

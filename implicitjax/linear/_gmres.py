@@ -1,0 +1,55 @@
+"""Restarted GMRES, from JAX."""
+
+import jax
+import jax.numpy as jnp
+
+from .._check import nonnegative, positive_int
+from .._tree import size
+from ._base import (
+    AbstractLinearSolver,
+    default_rtol,
+    LinearSolution,
+    measured,
+    Operator,
+    Vector,
+)
+
+
+class GMRES(AbstractLinearSolver):
+    """The generalised minimal residual method, restarted (Saad and Schultz, 1986).
+
+    Matrix-free: it needs products alone, keeps `restart` vectors, and works on the leaves
+    as they lie, so that nothing is gathered on a mesh. The method is
+    `jax.scipy.sparse.linalg.gmres`; it reports no status, so its residual is measured.
+
+    - `rtol`: the relative residual to reach; `None` for `eps^(2/3)` of the dtype. The
+      result is trusted up to ten times that.
+    - `restart`: vectors kept before the method starts anew.
+    - `max_steps`: products at the most; `None` for ten a number of the unknown, 1000 at
+      the most.
+    """
+
+    rtol: float | None = None
+    restart: int = 30
+    max_steps: int | None = None
+
+    def __check_init__(self) -> None:
+        nonnegative("GMRES(rtol)", self.rtol)
+        positive_int("GMRES(restart)", self.restart)
+        positive_int("GMRES(max_steps)", self.max_steps)
+
+    def solve(self, A: Operator, b: Vector) -> LinearSolution:
+        """Solves `A u = b`; `b` is a list of real arrays of any shapes."""
+        n = size(b)
+        rtol = default_rtol(b[0].dtype) if self.rtol is None else self.rtol
+        restart = min(self.restart, n)
+        max_steps = min(10 * n, 1000) if self.max_steps is None else self.max_steps
+        u, _ = jax.scipy.sparse.linalg.gmres(
+            A,
+            b,
+            tol=jnp.asarray(rtol, b[0].dtype),
+            restart=restart,
+            maxiter=-(-max_steps // restart),
+            solve_method="incremental",
+        )
+        return measured(A, b, u, 10 * rtol)

@@ -1,0 +1,71 @@
+"""The Neumann series: exact in the limit, an approximate gradient when truncated."""
+
+import math
+
+import jax.numpy as jnp
+from jax import lax
+
+from .._check import damping_factor, nonnegative, positive_int
+from .._tree import axpy, inner, sub
+from ._base import (
+    AbstractLinearSolver,
+    default_rtol,
+    LinearSolution,
+    measured,
+    Operator,
+    Vector,
+)
+
+
+class Neumann(AbstractLinearSolver):
+    """The damped Neumann series `u = sum_k d (I - d A)^k b`.
+
+    With `A = I - J` and `d = 1` it is `u = sum_k J^k b`, which is the backward pass of a
+    converged unrolled iteration.
+
+    - `terms=None`: the series is summed until the residual is `rtol |b|`, in at most
+      `max_steps` terms, and held to that. It converges where `|1 - d lambda| < 1` for all
+      eigenvalues `lambda` of `A`.
+    - `terms=k`: exactly `k` terms and no more, an approximation that is asked for and thus
+      not a failure. `Neumann(terms=1)` is the Jacobian-free backpropagation of Fung et al.
+      (2022); `Neumann(terms=k, damping=d)` with `d < 1` the phantom gradient of Geng et al.
+      (2021).
+    - `damping`: `d`, above 0 and at most 1.
+    - `rtol`: `None` for `eps^(2/3)` of the dtype; not used with `terms=k`.
+    """
+
+    terms: int | None = None
+    damping: float = 1.0
+    rtol: float | None = None
+    max_steps: int = 10_000
+
+    def __check_init__(self) -> None:
+        positive_int("Neumann(terms)", self.terms)
+        damping_factor("Neumann(damping)", self.damping)
+        nonnegative("Neumann(rtol)", self.rtol)
+        positive_int("Neumann(max_steps)", self.max_steps)
+
+    def solve(self, A: Operator, b: Vector) -> LinearSolution:
+        """Sums the series for `A u = b`; `b` is a list of real arrays of any shapes."""
+        first = [(self.damping * leaf).astype(leaf.dtype) for leaf in b]
+        if self.terms is not None:
+            u = lax.fori_loop(0, self.terms - 1, lambda _, u: self._next(A, b, u)[0], first)
+            return measured(A, b, u, math.inf)
+        rtol = default_rtol(b[0].dtype) if self.rtol is None else self.rtol
+        threshold = rtol**2 * inner(b, b)
+
+        def body(carry: tuple) -> tuple:
+            u, _, k = carry
+            u, residual = self._next(A, b, u)
+            return u, inner(residual, residual), k + 1
+
+        def unfinished(carry: tuple) -> jnp.ndarray:
+            _, squared, k = carry
+            return (squared > threshold) & jnp.isfinite(squared) & (k < self.max_steps)
+
+        u, _, _ = lax.while_loop(unfinished, body, (first, inner(b, b), jnp.asarray(1)))
+        return measured(A, b, u, 10 * rtol)
+
+    def _next(self, A: Operator, b: Vector, u: Vector) -> tuple[Vector, Vector]:
+        residual = sub(b, A(u))
+        return axpy(self.damping, residual, u), residual

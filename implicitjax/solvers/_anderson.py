@@ -1,0 +1,152 @@
+"""Anderson acceleration."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Bool, Float, Int
+
+from .. import _tree
+from .._check import damping_factor, positive_int
+from ._base import AbstractSolver, Iterate, Map
+
+
+# A difference of which this part or less is new starts the window anew.
+_NEW = 0.1
+
+
+class AndersonState(eqx.Module):
+    """What Anderson acceleration remembers.
+
+    - `count`: steps taken so far.
+    - `unit`: for each leaf the scale in which it is measured.
+    - `x`, `r`: the last iterate and its residual `f(x) - x`, in those units.
+    - `residual`: the norm of `r`.
+    - `V`: orthonormal combinations of the last differences of residuals, stacked along the
+      first axis of each leaf.
+    - `P`: the same combinations of the differences of iterates.
+    - `active`: which of the `m` columns are in use.
+    """
+
+    count: Int[Array, ""]
+    unit: list[Float[Array, ""]]
+    x: Iterate
+    r: Iterate
+    residual: Float[Array, ""]
+    V: Iterate
+    P: Iterate
+    active: Bool[Array, " m"]
+
+
+class Anderson(AbstractSolver):
+    r"""Anderson acceleration, with the window kept orthonormal.
+
+    With the residual `r = f(x) - x`, and its last differences and those of the iterates as
+    the columns of `dR` and `dX`, the step is
+
+        g = argmin_g |r - dR g|,        x <- x + d (r - dR g) - dX g
+
+    (Anderson, 1965; in this form Fang and Saad, *Numer. Linear Algebra Appl.* 16, 2009,
+    equation 24, and Walker and Ni, *SIAM J. Numer. Anal.* 49, 2011, equation 2.2). Here the
+    columns are orthonormalised as they come, `dR = V T`, `P = dX T^-1`, so that
+
+        g = V^T r,                      x <- x + d (r - V g) - P g
+
+    with the least-squares problem perfectly conditioned and no system to solve. While the
+    window holds all differences this is Anderson's step. When it is full, the oldest
+    *direction* is dropped, not the oldest iterate, as in the truncated conjugate residual
+    method of He, Tang, Zhao, Saad and Xi (*SIAM J. Sci. Comput.* 46, 2024): where the
+    Jacobian is symmetric nothing is lost by it, and slow modes stay known.
+
+    Departures, each measured in `benchmarks/solvers.py`: the window starts anew when a tenth
+    or less of a difference is new, or when the residual has grown, since old differences of
+    a nonlinear map mislead then; and each leaf is measured in units of its own size at the
+    start, so that the answer does not depend on the units of the unknown.
+
+    Needs `2 memory` stored iterates and `O(memory n)` operations a step; solves maps that
+    do not contract.
+
+    - `memory`: columns kept, at most; never more than there are unknowns.
+    - `damping`: `d`, above 0 and at most 1.
+    """
+
+    memory: int = 10
+    damping: float = 1.0
+
+    def __check_init__(self) -> None:
+        positive_int("Anderson(memory)", self.memory)
+        damping_factor("Anderson(damping)", self.damping)
+
+    def init(self, x: Iterate) -> AndersonState:
+        """An empty window."""
+        m = min(self.memory, 2 * _tree.size(x))  # a complex entry is two unknowns
+        zeros = jax.tree.map(jnp.zeros_like, x)
+        columns = jax.tree.map(lambda xi: jnp.zeros((m, *xi.shape), xi.dtype), x)
+        dtype = _tree.accumulation_dtype(x)
+        return AndersonState(
+            count=jnp.zeros((), jnp.int32),
+            unit=[jnp.ones((), jnp.finfo(xi.dtype).dtype) for xi in x],
+            x=zeros,
+            r=zeros,
+            residual=jnp.zeros((), dtype),
+            V=columns,
+            P=columns,
+            active=jnp.zeros((m,), bool),
+        )
+
+    def step(
+        self, f: Map, x: Iterate, fx: Iterate, state: AndersonState
+    ) -> tuple[Iterate, AndersonState]:
+        """`x + d (r - V g) - P g` with `g = V^T r`."""
+        first = state.count == 0
+        unit = _tree.where(first, _sizes(x, _tree.sub(fx, x)), state.unit)
+        x_hat = [xi / u for xi, u in zip(x, unit, strict=True)]
+        r = [(fi - xi) / u for fi, xi, u in zip(fx, x, unit, strict=True)]
+        residual = _norm(r)
+
+        # The new column: the last difference, less what the window has of it already.
+        slot = (state.count - 1) % state.active.shape[0]
+        others = state.active.at[slot].set(False)
+        dr, dx = _tree.sub(r, state.r), _tree.sub(x_hat, state.x)
+        h = jnp.where(others, _tree.inner_columns(state.V, dr), 0.0)
+        v = _tree.sub(dr, _tree.combine_columns(state.V, h))
+        p = _tree.sub(dx, _tree.combine_columns(state.P, h))
+        whole, new = _norm(dr), _norm(v)
+        anew = (new <= _NEW * whole) | (residual > state.residual)
+        v, p = _tree.where(anew, (dr, dx), (v, p))
+        length = jnp.where(anew, whole, new)
+        usable = ~first & (length > 0)
+        active = jnp.where(anew, False, others).at[slot].set(usable)
+        V = _put(state.V, slot, v, length, usable)
+        P = _put(state.P, slot, p, length, usable)
+
+        g = jnp.where(active, _tree.inner_columns(V, r), 0.0)
+        towards = _tree.sub(r, _tree.combine_columns(V, g))
+        along = _tree.sub(x_hat, _tree.combine_columns(P, g))
+        x_new = _tree.axpy(self.damping, towards, along)
+        out = [xi * u for xi, u in zip(x_new, unit, strict=True)]
+        return out, AndersonState(state.count + 1, unit, x_hat, r, residual, V, P, active)
+
+
+def _sizes(x: Iterate, r: Iterate) -> list[Array]:
+    """The scale of each leaf at the start, the larger of iterate and residual."""
+    sizes = []
+    for xi, ri in zip(x, r, strict=True):
+        size = jnp.maximum(_tree.robust_norm(_tree.rms_norm, xi), _tree.robust_norm(_tree.rms_norm, ri))
+        sizes.append(jnp.where(size > 0, size, 1.0).astype(jnp.finfo(xi.dtype).dtype))
+    return sizes
+
+
+def _norm(x: Iterate) -> Float[Array, ""]:
+    return jnp.sqrt(_tree.inner(x, x))
+
+
+def _put(columns: Iterate, slot: Array, x: Iterate, length: Array, usable: Array) -> Iterate:
+    """The columns with `x / length` in one slot, zero where it is not usable."""
+    factor = jnp.where(usable, 1 / jnp.where(length > 0, length, 1.0), 0.0)
+
+    def leaf(ci: Array, xi: Array) -> Array:
+        wide = jnp.promote_types(xi.dtype, factor.dtype)
+        return ci.at[slot].set((xi.astype(wide) * factor).astype(ci.dtype))
+
+    return jax.tree.map(leaf, columns, x)

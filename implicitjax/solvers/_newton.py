@@ -1,0 +1,38 @@
+"""Newton's method."""
+
+import equinox as eqx
+import jax
+
+from .._tree import as_reals, axpy, sub
+from ..linear import AbstractLinearSolver, AutoLinearSolver
+from ._base import AbstractSolver, Iterate, Map
+
+
+class Newton(AbstractSolver):
+    """Newton's method for `f(x) - x = 0`: `x <- x + (I - J)^-1 (f(x) - x)`.
+
+    Converges quadratically near a solution where `I - J` is regular, contractive or not
+    (Ortega and Rheinboldt, *Iterative Solution of Nonlinear Equations*, 1970, chapter 10).
+    A complex unknown counts as two reals, so that `f` need not be holomorphic.
+
+    - `linear_solver`: for the system with `I - J`; by default dense for small unknowns and
+      GMRES for large ones.
+
+    `f` must have a pushforward (`jax.jvp`).
+    """
+
+    linear_solver: AbstractLinearSolver = eqx.field(default_factory=AutoLinearSolver)
+
+    def init(self, x: Iterate) -> None:
+        """Newton's method has no memory."""
+
+    def step(self, f: Map, x: Iterate, fx: Iterate, state: None) -> tuple[Iterate, None]:
+        """`x + (I - J)^-1 (f(x) - x)`."""
+        to_reals, from_reals = as_reals(x)
+
+        def A(v: list) -> list:
+            v = from_reals(v)
+            return to_reals(sub(v, jax.jvp(f, (x,), (v,))[1]))
+
+        step = self.linear_solver.solve(A, to_reals(sub(fx, x)))
+        return axpy(1.0, from_reals(step.value), x), None

@@ -1,0 +1,30 @@
+"""Picard's iteration."""
+
+from .._check import damping_factor
+from .._tree import axpy, sub
+from ._base import AbstractSolver, Iterate, Map
+
+
+class Picard(AbstractSolver):
+    """Successive substitution, damped: `x <- x + d (f(x) - x)`.
+
+    Converges linearly with the rate `rho(I - d (I - J))`, where `J = df/dx` (Picard, 1890;
+    Banach, 1922; the damping is Krasnoselskii's, 1955).
+
+    - `damping`: `d`, above 0 and at most 1. Below 1 it makes maps with eigenvalues of `J`
+      under -1 contract.
+    """
+
+    damping: float = 1.0
+
+    def __check_init__(self) -> None:
+        damping_factor("Picard(damping)", self.damping)
+
+    def init(self, x: Iterate) -> None:
+        """Picard's iteration has no memory."""
+
+    def step(self, f: Map, x: Iterate, fx: Iterate, state: None) -> tuple[Iterate, None]:
+        """`x + d (f(x) - x)`."""
+        if isinstance(self.damping, float) and self.damping == 1.0:
+            return fx, None
+        return axpy(self.damping, sub(fx, x), x), None
