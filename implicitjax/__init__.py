@@ -17,6 +17,7 @@ from .linear import (
 from .solvers import AbstractSolver, Anderson, Newton, Picard
 
 __all__ = [
+    "GMRES",
     "AbstractLinearSolver",
     "AbstractSolver",
     "Anderson",
@@ -26,7 +27,6 @@ __all__ = [
     "DenseLU",
     "DerivativeError",
     "FixedPointLayer",
-    "GMRES",
     "ImplicitAdjoint",
     "LinearSolution",
     "Neumann",

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.extend.core as jec
 import numpy as np
-
+from jax.core import eval_jaxpr
 
 _known: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
 _MAX_DEPTH = 2
@@ -74,7 +74,7 @@ def _derivative(jaxpr: jec.Jaxpr, eqn: jec.JaxprEqn, depth: int) -> Any:
     inputs = [_struct(v.aval) for v in variables]
 
     def call(*operands: Any) -> Any:
-        return jax.core.eval_jaxpr(alone, (), *operands)
+        return eval_jaxpr(alone, (), *operands)
 
     def derivative(operands: list, seeds: list) -> Any:
         if eqn.primitive.name == "custom_jvp_call":

@@ -21,14 +21,14 @@ from jaxtyping import PyTree
 
 from ._tree import sub
 
-
 Vector = list[Array]
 LinearSolve = Callable[[Callable[[Vector], Vector], Vector, PyTree], Vector]
 
 
 def by_jvp(F: Callable, solve: Callable, linear_solve: LinearSolve) -> Callable:
     """`x*(θ)` with the forward rule. Its tangent is a linear solve that JAX can transpose,
-    so that this one rule serves forward mode, reverse mode, and both to any order."""
+    so that this one rule serves forward mode, reverse mode, and both to any order.
+    """
 
     @jax.custom_jvp
     def x_star(θ: Vector, fixed: PyTree) -> tuple[Vector, PyTree]:
@@ -76,7 +76,8 @@ def _pushforward(f: Callable, x: Any) -> Callable:
 
 def _linearize(f: Callable, x: Vector) -> Callable[[Vector], Vector]:
     """`v ↦ ∂f/∂x v`, with all that depends on `x` alone computed once, where JAX can split
-    it so: a `while_loop` over the unknown has a pushforward but no linearisation."""
+    it so: a `while_loop` over the unknown has a pushforward but no linearisation.
+    """
     try:
         return jax.linearize(f, x)[1]
     except (ValueError, NotImplementedError):

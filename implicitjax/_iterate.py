@@ -23,8 +23,8 @@ from jaxtyping import Bool, Float, Int, PyTree
 
 from . import _tree
 from ._solution import Result
+from ._tolerance import FLOOR, Scale, Tolerances
 from .solvers import AbstractSolver
-
 
 RUNNING, CONVERGED, MAX_STEPS, STAGNATED, DIVERGED, NONFINITE, ROUNDOFF = range(7)
 _RESULTS = {
@@ -35,8 +35,6 @@ _RESULTS = {
 }
 RESULT_NAMES = ("running", "converged", "max_steps_reached", "stagnated", "diverged", "nonfinite")
 
-# Below this many units of round-off a tolerance is clamped, and a residual is noise.
-_CLAMP, _FLOOR = 8.0, 2.0
 # How long an amplification is remembered: by what factor it fades from step to step.
 _FADE = 0.5
 # Cycles, divergence and noise are looked for at every such step.
@@ -52,13 +50,6 @@ class LoopOptions(NamedTuple):
     history: bool
     keep_best: bool
     progress: Callable[[int, float], None] | None
-
-
-class Tolerances(eqx.Module):
-    """`rtol` and `atol` as given; `None` for the defaults by dtype and scale."""
-
-    rtol: Float[Array, ""] | None
-    atol: Float[Array, ""] | None
 
 
 class Outcome(eqx.Module):
@@ -94,7 +85,8 @@ class Outcome(eqx.Module):
 class _Watch(eqx.Module):
     """What is compared over many steps: `reference`, the iterate at the last power of two
     (Brent's cycle finding, 1980), the `first` residual norm, the round-off `floor` of the
-    residual, the `best` residual so far and the step at which it was `best_at`."""
+    residual, the `best` residual so far and the step at which it was `best_at`.
+    """
 
     reference: list
     first: Float[Array, ""]
@@ -106,7 +98,8 @@ class _Watch(eqx.Module):
 class _State(eqx.Module):
     """One state of the loop: the iterate `x`, its value `fx`, the solver's own state, and
     in units of the tolerance the last residual norms (`recent`, newest first) and the
-    current `amplification` of a residual to an error."""
+    current `amplification` of a residual to an error.
+    """
 
     x: list
     fx: list
@@ -132,7 +125,7 @@ def iterate(
     `x0` is a list of inexact arrays and `f` maps such lists to such lists. Returns the
     last iterate (the best one, if it failed and `options.keep_best`) and the outcome.
     """
-    scale = _Scale(tolerances, x0)
+    scale = Scale(tolerances, x0)
 
     def norm(vector: list, x: list) -> Float[Array, ""]:
         return options.norm(scale.units(vector, x))
@@ -186,49 +179,6 @@ def iterate(
     return _finish(state, scale, norm, options)
 
 
-class _Scale:
-    """The unit in which every number is measured: `atol + rtol |x|`, entry by entry.
-
-    By default `rtol = eps^(2/3)` of the leaf's dtype and `atol = rtol` times the scale of
-    the leaf, the larger of the root mean squares of guess and iterate, so that the answer
-    does not depend on the units of the unknown. No unit is below `8 eps` times that scale.
-    """
-
-    def __init__(self, tolerances: Tolerances, x0: list):
-        self.tolerances = tolerances
-        self.guess = [_tree.rms_norm(leaf) for leaf in _tree.stop_gradient(x0)]
-
-    def _leaf(self, i: int, xi: Array) -> tuple[Array, Array]:
-        eps = float(jnp.finfo(xi.dtype).eps)
-        dtype = _tree.accumulation_dtype(xi)
-        rtol = self.tolerances.rtol
-        rtol = jnp.asarray(eps ** (2 / 3) if rtol is None else rtol, dtype)
-        typical = jnp.maximum(self.guess[i], _tree.rms_norm(xi))
-        atol = rtol * typical if self.tolerances.atol is None else self.tolerances.atol
-        asked = jnp.asarray(atol, dtype) + rtol * jnp.abs(xi).astype(dtype)
-        reach = eps * jnp.maximum(jnp.abs(xi).astype(dtype), typical)
-        return asked, reach
-
-    def units(self, vector: list, x: list) -> list:
-        """`vector` in units of the tolerance at `x`, at least in float32."""
-        out = []
-        for i, (vi, xi) in enumerate(zip(vector, x, strict=True)):
-            asked, reach = self._leaf(i, xi)
-            unit = jnp.maximum(asked, _CLAMP * reach)
-            unit = jnp.where(unit > 0, unit, 1.0)
-            out.append(vi.astype(jnp.promote_types(vi.dtype, unit.dtype)) / unit)
-        return out
-
-    def roundoff(self, x: list) -> list:
-        """The residual that round-off alone may leave."""
-        return [_FLOOR * self._leaf(i, xi)[1] for i, xi in enumerate(x)]
-
-    def clamped(self, x: list) -> Bool[Array, ""]:
-        """Whether some tolerance lies below what the dtype can reach."""
-        below = [jnp.sum(a < _CLAMP * r) for a, r in (self._leaf(i, xi) for i, xi in enumerate(x))]
-        return sum(below, jnp.zeros((), jnp.int32)) > 0
-
-
 def _amplification(moved: Array, changed: Array, last: Array) -> Array:
     """`|dx| / |dr|` of the last step, or what is left of an earlier, larger one."""
     largest = 1 / jnp.finfo(last.dtype).eps
@@ -249,7 +199,8 @@ def _start(
     x0: list, fx0: list, solver: AbstractSolver, norm: Callable, options: LoopOptions
 ) -> _State:
     """The state after the first evaluation. A single value says nothing of the error, so
-    that only a residual of exactly zero ends the solve here."""
+    that only a residual of exactly zero ends the solve here.
+    """
     frozen = _tree.stop_gradient((x0, fx0))
     r = _tree.sub(frozen[1], frozen[0])
     residual = norm(r, frozen[0])
@@ -283,14 +234,15 @@ def _look(
     r: list,
     residual: Array,
     step: Array,
-    scale: _Scale,
+    scale: Scale,
     norm: Callable,
     plain_norm: Callable,
 ) -> tuple[_Watch, Array]:
     """Looks for cycles, divergence and noise. Each verdict is a proof, not a guess at
     slowness: an iterate that came back to the last digit; a residual grown by
     `eps^(-2/3)`, which leaves round-off above any attainable tolerance; a residual at the
-    level of round-off that has not improved for 24 steps."""
+    level of round-off that has not improved for 24 steps.
+    """
     better = residual < watch.best
     best = jnp.where(better, residual, watch.best)
     best_at = jnp.where(better, step, watch.best_at)
@@ -328,11 +280,12 @@ def _record(history: list | None, r: list, step: Array) -> list | None:
 
 
 def _finish(
-    state: _State, scale: _Scale, norm: Callable, options: LoopOptions
+    state: _State, scale: Scale, norm: Callable, options: LoopOptions
 ) -> tuple[list, Outcome]:
     """The verdict. The error estimate counts the round-off of the residual too; a solve
     that round-off ended has converged only if the estimate allows it, or if no more was
-    asked for than the dtype can reach."""
+    asked for than the dtype can reach.
+    """
     x, fx = state.x, state.fx
     if state.best is not None:
         failed = state.code != CONVERGED
@@ -341,7 +294,7 @@ def _finish(
     r = _tree.sub(_tree.stop_gradient(fx), at)
     units, roundoff = scale.units(r, at), scale.roundoff(at)
     amplification = jnp.where(state.step == 0, 1.0, state.amplification)
-    ratio = amplification * jnp.maximum(options.norm(units), norm(roundoff, at) / _FLOOR)
+    ratio = amplification * jnp.maximum(options.norm(units), norm(roundoff, at) / FLOOR)
     clamped = scale.clamped(at)
 
     settled = (state.code == CONVERGED) | (state.code == ROUNDOFF)
@@ -352,7 +305,7 @@ def _finish(
     code = jnp.where((code == NONFINITE) & finite, DIVERGED, code)  # only the norm overflowed
 
     residual_norm = _tree.robust_norm(options.norm, r)
-    noise_norm = _tree.robust_norm(options.norm, roundoff) / _FLOOR
+    noise_norm = _tree.robust_norm(options.norm, roundoff) / FLOOR
     back = jnp.minimum(state.step, state.recent.shape[0] - 1)
     before = state.recent[back]
     known = (back > 0) & (before > 0)

@@ -5,110 +5,26 @@ captured arrays included, among its inputs, and the role of every leaf of the st
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-import equinox as eqx
 import jax
 import jax.extend.core as jec
 import jax.numpy as jnp
-import numpy as np
 from jax import Array, lax
+from jax.core import eval_jaxpr
 from jax.interpreters import partial_eval
 from jaxtyping import PyTree
 
+from ._call import Call, Held, is_array, Static
 from ._fingerprint import fingerprint
 from ._structure import assign_roles, dependencies, Roles
 
 
-class Static:
-    """A leaf that is no array: equal to another of the same type and value."""
-
-    __slots__ = ("value",)
-
-    def __init__(self, value: Any):
-        self.value = value
-
-    def __hash__(self) -> int:
-        return hash(self.value)
-
-    def __eq__(self, other: object) -> bool:
-        if not isinstance(other, Static) or type(other.value) is not type(self.value):
-            return False
-        return self.value is other.value or bool(self.value == other.value)
-
-
-class Held(eqx.Module):
-    """A leaf that is no array on its way out of a compiled program."""
-
-    value: Any = eqx.field(static=True)
-
-
-class Call(NamedTuple):
-    """A call of the map as a pytree: `treedef` of `(f, x0, args)` and, leaf by leaf, its
-    `statics`, `None` where the leaf is an array. Hashable if the user's statics are."""
-
-    treedef: Any
-    statics: tuple[Static | None, ...]
-    state: tuple[int, int]
-    has_aux: bool
-
-    def rebuild(self, arrays: Sequence[Any]) -> tuple[Callable, Any, tuple]:
-        """`(f, x0, args)` again, from the arrays among their leaves."""
-        left = iter(arrays)
-        leaves = [next(left) if s is None else s.value for s in self.statics]
-        return jax.tree.unflatten(self.treedef, leaves)
-
-    def state_arrays(self) -> tuple[int | None, ...]:
-        """For each leaf of `x0` its index among the arrays, or `None` if it is static."""
-        count, out = 0, []
-        for i, static in enumerate(self.statics):
-            if self.state[0] <= i < self.state[1]:
-                out.append(count if static is None else None)
-            count += static is None
-        return tuple(out)
-
-
-def split_call(f: Any, x0: Any, args: tuple, has_aux: bool) -> tuple[Call, list]:
-    """Splits a call into a hashable part and its arrays.
-
-    Arrays, and Python floats in `x0`, are inputs of the program. Python numbers in `f` and
-    `args`, strings and callables are part of the program, as are integers in `x0` until
-    the trace shows that the map writes them.
-    """
-    if not callable(f):
-        raise TypeError(f"The map must be callable, got {f!r}.")
-    leaves, treedef = jax.tree.flatten((as_pytree(f), x0, args))
-    size_f, size_x = jax.tree.structure(as_pytree(f)).num_leaves, len(jax.tree.leaves(x0))
-    state = (size_f, size_f + size_x)
-    arrays, statics = [], []
-    for i, leaf in enumerate(leaves):
-        in_state = state[0] <= i < state[1]
-        if is_array(leaf) or (in_state and type(leaf) in (float, complex)):
-            arrays.append(leaf)
-            statics.append(None)
-        else:
-            statics.append(Static(leaf))
-    return Call(treedef, tuple(statics), state, has_aux), arrays
-
-
-def as_pytree(f: Any) -> Any:
-    """`functools.partial` as a pytree, so that what it binds is seen; others as they are."""
-    if isinstance(f, functools.partial) and not isinstance(f, jax.tree_util.Partial):
-        return jax.tree_util.Partial(as_pytree(f.func), *f.args, **f.keywords)
-    return f
-
-
-def is_array(leaf: Any) -> bool:
-    """Whether a leaf is an array that JAX can hold."""
-    if isinstance(leaf, (np.ndarray, np.generic)):
-        return leaf.dtype.kind not in "OSUMm"
-    return isinstance(leaf, jax.Array)
-
-
 class Output(NamedTuple):
     """What the map returned, apart from its arrays: the structure of `aux`, and of state
-    and `aux` the leaves that are no arrays (`None` where one is)."""
+    and `aux` the leaves that are no arrays (`None` where one is).
+    """
 
     state_statics: tuple[Static | None, ...]
     aux_tree: Any
@@ -127,11 +43,9 @@ class Trace:
         self.num_consts = len(jaxpr.constvars)
         self.jaxpr = _open_constants(jaxpr)
         self.output = output
-        self.state_tree = jax.tree.structure(call.rebuild(inputs)[1])
-        self.dtypes = tuple(v.aval.dtype for v in self.jaxpr.invars)  # pyright: ignore
-        self.state = tuple(
-            self.num_consts + i for i in call.state_arrays() if i is not None
-        )
+        self.state_tree = call.trees[1]
+        self.dtypes = tuple(v.aval.dtype for v in self.jaxpr.invars)  # pyright: ignore[reportAttributeAccessIssue]
+        self.state = tuple(self.num_consts + i for i in call.state_arrays() if i is not None)
         self.paths = _paths(call, inputs)
         self._key = (fingerprint(jaxpr), output, self.state_tree, self.state, self.paths)
         self._hash = hash(self._key)
@@ -171,7 +85,7 @@ class Trace:
         roles = assign_roles(self.flows, self.state)
         for i in roles.feedback:
             aval = self.jaxpr.invars[self.state[i]].aval
-            if not jnp.issubdtype(aval.dtype, jnp.inexact):  # pyright: ignore
+            if not jnp.issubdtype(aval.dtype, jnp.inexact):  # pyright: ignore[reportAttributeAccessIssue]
                 raise TypeError(
                     f"The leaf {self.paths[i]} of the state, {aval}, is not of a float or complex "
                     "dtype, but the map reads it again: an unknown must be continuous. Make it a "
@@ -193,7 +107,7 @@ class Trace:
 
         def run(inputs: Sequence[Array]) -> list[Array]:
             read = [x for x, u in zip(inputs, used, strict=True) if u]
-            values = dict(zip(order, jax.core.eval_jaxpr(jaxpr, (), *read), strict=True))
+            values = dict(zip(order, eval_jaxpr(jaxpr, (), *read), strict=True))
             return [values[i] for i in outputs]
 
         return run
@@ -259,7 +173,7 @@ def _match(
     corrections: dict[int, Any] = {}
     for k, ((path, old), (_, new)) in enumerate(zip(before, after, strict=True)):
         name = "x0" + jax.tree_util.keystr(path)
-        leaf = call.state[0] + k
+        leaf = call.state[k]
         if call.statics[leaf] is not None:
             if new is old or Static(new) == Static(old):
                 statics.append(Static(old))
@@ -267,11 +181,11 @@ def _match(
                 corrections[leaf] = jnp.result_type(new)
                 statics.append(None)
             else:
-                raise TypeError(f"The leaf {name} is {old!r} in the guess, but the map returns {new!r}.")
+                raise TypeError(_leaf_message(name, old, new))
             continue
         statics.append(None)
         if not (is_array(new) or _is_number(new)):
-            raise TypeError(f"The leaf {name} is {_describe(old)} in the guess, but the map returns {new!r}.")
+            raise TypeError(_leaf_message(name, old, new))
         new = _like(name, old, new)
         if new.dtype != old.dtype:
             corrections[leaf] = new.dtype
@@ -292,9 +206,15 @@ def _like(name: str, old: Any, new: Any) -> Array:
     remedy = "pass a guess of the shape and dtype that the map returns"
     if same_shape:
         remedy = f"pass a guess of dtype {new.dtype}, or cast the result to {old.dtype}"
-    raise TypeError(
+    raise TypeError(_leaf_message(name, old, new, remedy))
+
+
+def _leaf_message(name: str, old: Any, new: Any, remedy: str = "") -> str:
+    """The words for a leaf that came out as something else."""
+    remedy = f": {remedy}" if remedy else ""
+    return (
         f"The leaf {name} is {_describe(old)} in the guess, but the map returns "
-        f"{_describe(new)}: {remedy}."
+        f"{_describe(new)}{remedy}."
     )
 
 
@@ -319,14 +239,20 @@ def _structure_message(before: list, after: list, tree: Any, tree_out: Any) -> s
     new = {jax.tree_util.keystr(p): leaf for p, leaf in after}
     for path, leaf in old.items():
         if path not in new:
-            return f"{head}The leaf x0{path} ({_describe(leaf)}) is missing from what it returns: {tree_out}."
+            return (
+                f"{head}The leaf x0{path} ({_describe(leaf)}) is missing from what it returns: "
+                f"{tree_out}."
+            )
     for path, leaf in new.items():
         if path not in old:
             return (
                 f"{head}It returns a leaf at x0{path} ({_describe(leaf)}) that the guess does "
                 f"not have: the guess is {tree}. If the map returns (x, aux), pass has_aux=True."
             )
-    return f"{head}The leaves have the same paths, but the guess is\n  {tree}\nand it returns\n  {tree_out}."
+    return (
+        f"{head}The leaves have the same paths, but the guess is\n  {tree}\nand it returns\n"
+        f"  {tree_out}."
+    )
 
 
 def _correct(call: Call, arrays: list, corrections: dict[int, Any]) -> tuple[Call, list]:
@@ -364,11 +290,10 @@ def _contains(jaxpr: jec.Jaxpr, names: tuple[str, ...]) -> bool:
     )
 
 
-def _subjaxprs(eqn: jec.JaxprEqn) -> list[jec.Jaxpr]:
-    found = []
-    for value in jax.tree.leaves(tuple(eqn.params.values()), is_leaf=lambda v: not isinstance(v, (tuple, list))):
-        if isinstance(value, jec.ClosedJaxpr):
-            found.append(value.jaxpr)
-        elif isinstance(value, jec.Jaxpr):
-            found.append(value)
-    return found
+def _subjaxprs(eqn: jec.JaxprEqn) -> Iterator[jec.Jaxpr]:
+    for value in eqn.params.values():
+        for item in value if isinstance(value, (tuple, list)) else (value,):
+            if isinstance(item, jec.ClosedJaxpr):
+                yield item.jaxpr
+            elif isinstance(item, jec.Jaxpr):
+                yield item

@@ -17,7 +17,7 @@ from typing import Any
 import equinox as eqx
 import jax
 import numpy as np
-
+from jax.core import Tracer
 
 # Libraries whose functions are trusted to depend on their arguments alone.
 _TRUSTED = {"builtins", "equinox", "implicitjax", "jax", "jaxlib", "jaxtyping", "math", "numpy"}
@@ -109,7 +109,7 @@ class _Inspector:
 
     def _read(self, value: Any) -> None:
         """Something that code reads by name."""
-        if isinstance(value, jax.core.Tracer):
+        if isinstance(value, Tracer):
             raise _NoProofError
         if isinstance(value, (*_SCALARS, jax.Array)) or isinstance(value, np.dtype):
             return
@@ -132,7 +132,9 @@ class _Inspector:
             raise _NoProofError
 
     def _function(self, function: types.FunctionType) -> None:
-        for default in (function.__defaults__ or ()) + tuple((function.__kwdefaults__ or {}).values()):
+        for default in (function.__defaults__ or ()) + tuple(
+            (function.__kwdefaults__ or {}).values()
+        ):
             self._read(default)
         for cell in function.__closure__ or ():
             try:

@@ -48,7 +48,7 @@ def first_failure(failed: np.ndarray, operands: dict[str, Any]) -> tuple[dict[st
     index = tuple(int(i) for i in np.argwhere(failed)[0])
     lane = index[0] if len(index) == 1 else index
     words = f" in lane {lane} ({int(failed.sum())} of {failed.size} lanes failed)"
-    picked = {k: np.broadcast_to(v, failed.shape)[index] for k, v in operands.items()}
+    picked = {k: v[index] for k, v in operands.items()}
     return picked, words
 
 

@@ -10,17 +10,17 @@ form a graph, with an edge from `j` to `i` where output `i` depends on input `j`
 """
 
 from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax.extend.core as jec
-
 
 Role = Literal["carried", "source", "feedback", "output"]
 
 
 class Flow(NamedTuple):
     """What is known of one array in a jaxpr: the inputs it depends on, as the bits of an
-    integer, and the index of the input that it *is*, if it is one."""
+    integer, and the index of the input that it *is*, if it is one.
+    """
 
     depends: int
     alias: int | None
@@ -35,10 +35,10 @@ _NOTHING = Flow(0, None)
 
 
 def _flow(jaxpr: jec.Jaxpr, inputs: Sequence[Flow]) -> list[Flow]:
-    env = dict(zip(jaxpr.invars, inputs, strict=True))
+    env: dict[Any, Flow] = dict(zip(jaxpr.invars, inputs, strict=True))
 
-    def read(atom: object) -> Flow:
-        return _NOTHING if isinstance(atom, jec.Literal) else env.get(atom, _NOTHING)  # pyright: ignore
+    def read(atom: Any) -> Flow:
+        return _NOTHING if isinstance(atom, jec.Literal) else env.get(atom, _NOTHING)
 
     for eqn in jaxpr.eqns:
         rule = _RULES.get(eqn.primitive.name, _opaque)
@@ -81,7 +81,11 @@ def _call(key: str, transparent: bool) -> Callable:
 
 def _scan(eqn: jec.JaxprEqn, operands: list[Flow]) -> list[Flow]:
     consts, carry = eqn.params["num_consts"], eqn.params["num_carry"]
-    fixed, start, xs = operands[:consts], operands[consts : consts + carry], operands[consts + carry :]
+    fixed, start, xs = (
+        operands[:consts],
+        operands[consts : consts + carry],
+        operands[consts + carry :],
+    )
     body = _open(eqn.params["jaxpr"])
     slices = [Flow(x.depends, None) for x in xs]
     carried = _stationary(lambda c: _flow(body, [*fixed, *c, *slices])[:carry], start)
@@ -152,7 +156,8 @@ _RULES = {
 
 class Roles(NamedTuple):
     """The role of every leaf, the leaves in the order in which each kind can be computed,
-    and the strongly connected groups of the unknown."""
+    and the strongly connected groups of the unknown.
+    """
 
     roles: tuple[Role, ...]
     sources: tuple[tuple[int, ...], ...]

@@ -120,20 +120,21 @@ def rms_norm(x: PyTree) -> Float[Array, ""]:
     return jnp.sqrt(inner(x, x) / max(size(x), 1))
 
 
-def robust_norm(norm: Callable[[PyTree], Array], x: PyTree) -> Float[Array, ""]:
-    """`norm(x)` by way of `m norm(x / m)` with `m = max |x|`: no square overflows.
-
-    The maximum comes from finite entries alone; NaN and infinity reach the result by the
-    division, so that no reduction has to carry them.
-    """
+def magnitude(x: PyTree) -> Float[Array, ""]:
+    """The mean of `|x_i|` over all entries: a scale that no square can overflow."""
     dtype = accumulation_dtype(x)
-    wide = [xi.astype(jnp.promote_types(xi.dtype, dtype)) for xi in jax.tree.leaves(x)]
-    largest = jnp.zeros((), dtype)
-    for xi in wide:
-        magnitude = jnp.where(jnp.isfinite(xi), jnp.abs(xi), 0.0)
-        largest = jnp.maximum(largest, jnp.max(magnitude, initial=0.0).astype(dtype))
-    unit = jnp.where(largest > 0, largest, 1.0)
-    return unit * norm([xi / unit.astype(jnp.finfo(xi.dtype).dtype) for xi in wide])
+    total = jax.tree.map(lambda xi: jnp.sum(jnp.abs(xi).astype(dtype)), x)
+    return sum(jax.tree.leaves(total), jnp.zeros((), dtype)) / max(size(x), 1)
+
+
+def robust_norm(norm: Callable[[PyTree], Array], x: list) -> Float[Array, ""]:
+    """`norm(x)` by way of `s norm(x / s)` with the mean `s` of `|x|`: no square overflows or
+    vanishes. NaN and infinity reach the result.
+    """
+    s = magnitude(x)
+    s = jnp.where((s > 0) & jnp.isfinite(s), s, 1.0)
+    wide = [xi.astype(jnp.promote_types(xi.dtype, s.dtype)) for xi in x]
+    return s * norm([xi / s.astype(jnp.finfo(xi.dtype).dtype) for xi in wide])
 
 
 def all_zero(x: Sequence[Array]) -> Bool[Array, ""]:

@@ -8,11 +8,11 @@ from ._gmres import GMRES
 from ._neumann import Neumann
 
 __all__ = [
+    "GMRES",
     "AbstractLinearSolver",
     "AutoLinearSolver",
     "BiCGStab",
     "DenseLU",
-    "GMRES",
     "LinearSolution",
     "Neumann",
 ]

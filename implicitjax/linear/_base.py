@@ -11,7 +11,6 @@ from jaxtyping import Bool, Float
 
 from .._tree import inner, sub
 
-
 Vector = list[Array]
 Operator = Callable[[Vector], Vector]
 

@@ -1,7 +1,6 @@
 """The stabilised biconjugate gradient method, from JAX."""
 
 import jax
-import jax.numpy as jnp
 
 from .._check import nonnegative, positive_int
 from .._tree import size
@@ -38,7 +37,5 @@ class BiCGStab(AbstractLinearSolver):
         """Solves `A u = b`; `b` is a list of real arrays of any shapes."""
         rtol = default_rtol(b[0].dtype) if self.rtol is None else self.rtol
         max_steps = min(10 * size(b), 1000) if self.max_steps is None else self.max_steps
-        u, _ = jax.scipy.sparse.linalg.bicgstab(
-            A, b, tol=jnp.asarray(rtol, b[0].dtype), maxiter=max_steps
-        )
+        u, _ = jax.scipy.sparse.linalg.bicgstab(A, b, tol=rtol, maxiter=max_steps)
         return measured(A, b, u, 10 * rtol)

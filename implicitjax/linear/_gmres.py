@@ -1,7 +1,6 @@
 """Restarted GMRES, from JAX."""
 
 import jax
-import jax.numpy as jnp
 
 from .._check import nonnegative, positive_int
 from .._tree import size
@@ -47,7 +46,7 @@ class GMRES(AbstractLinearSolver):
         u, _ = jax.scipy.sparse.linalg.gmres(
             A,
             b,
-            tol=jnp.asarray(rtol, b[0].dtype),
+            tol=rtol,
             restart=restart,
             maxiter=-(-max_steps // restart),
             solve_method="incremental",

@@ -12,7 +12,6 @@ from .._report import first_failure, raise_if
 from .._solution import derivative_message, DerivativeError
 from ._base import AbstractLinearSolver, Operator, Vector
 
-
 OnFailure = Literal["raise", "nan", "return"]
 
 

@@ -10,7 +10,6 @@ from .. import _tree
 from .._check import damping_factor, positive_int
 from ._base import AbstractSolver, Iterate, Map
 
-
 # A difference of which this part or less is new starts the window anew.
 _NEW = 0.1
 
@@ -132,7 +131,7 @@ def _sizes(x: Iterate, r: Iterate) -> list[Array]:
     """The scale of each leaf at the start, the larger of iterate and residual."""
     sizes = []
     for xi, ri in zip(x, r, strict=True):
-        size = jnp.maximum(_tree.robust_norm(_tree.rms_norm, xi), _tree.robust_norm(_tree.rms_norm, ri))
+        size = jnp.maximum(_tree.magnitude(xi), _tree.magnitude(ri))
         sizes.append(jnp.where(size > 0, size, 1.0).astype(jnp.finfo(xi.dtype).dtype))
     return sizes
 

@@ -7,7 +7,6 @@ from typing import Any
 import equinox as eqx
 from jax import Array
 
-
 Iterate = list[Array]
 Map = Callable[[Iterate], Iterate]
 
