@@ -10,6 +10,7 @@ import dataclasses
 import sys
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
@@ -21,10 +22,6 @@ from jaxtyping import Float
 import implicitjax as ij
 
 RTOL = 1e-12
-MAX_STEPS = 400
-SOLVERS = {"Picard": ij.Picard(), "Anderson": ij.Anderson(), "Newton": ij.Newton()}
-WIDTH = 82
-Matrix = Float[np.ndarray, "outputs parameters"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,8 +42,8 @@ class Problem:
     x0: Array
     t: Array
     outputs: Callable[[Array], Array]
-    value: Float[np.ndarray, " n"]
-    derivative: Matrix
+    value: Float[np.ndarray, " unknowns"]
+    derivative: Float[np.ndarray, "outputs parameters"]
     reference: str
     names: tuple[str, ...]
 
@@ -59,9 +56,8 @@ def two_equations() -> Problem:
         x1 = jnp.sqrt(alpha - x[0] * x[1])
         return jnp.stack([x1, jnp.sqrt((57 - x[1]) / (beta * x1))])
 
-    # Squared, the equations read x1² + x1 x2 = α and β x1 x2² + x2 = 57. At (2, 3) their
-    # derivative in x is [[7, 2], [27, 37]], with determinant 205, and in (α, β) the right
-    # hand sides move by (1, 0) and by (0, -18).
+    # Squared, x1² + x1 x2 = α and β x1 x2² + x2 = 57. At (2, 3) the derivative of the left in
+    # x is [[7, 2], [27, 37]], with determinant 205; the rest is (1, 0) for α, (0, -18) for β.
     return Problem(
         title="Two equations in two unknowns",
         text="x1 = sqrt(α - x1 x2),  x2 = sqrt((57 - x2) / (β x1)),  α = 10, β = 3",
@@ -80,32 +76,32 @@ def equilibrium_layer(n: int = 20, inputs: int = 5) -> Problem:
     """A layer `z = tanh(W z + U x)`, its loss `|z|² / 2`, and a direction in each of W, U, x."""
     rng = np.random.default_rng(0)
     W, U, x = rng.normal(size=(n, n)), rng.normal(size=(n, inputs)), rng.normal(size=inputs)
-    W *= 0.95 / np.linalg.norm(W, 2)
-    U *= 0.3
-    dW, dU, dx = rng.normal(size=(n, n)) / n, rng.normal(size=(n, inputs)) / n, rng.normal(size=inputs)
+    W = 0.98 * (W + W.T) / np.linalg.norm(W + W.T, 2)
+    U = 0.05 * U
+    dW, dU, dx = (0.1 * rng.normal(size=a.shape) for a in (W, U, x))
 
     def f(z: Array, t: Array) -> Array:
-        w, u, v = t
-        return jnp.tanh((W + w * dW) @ z + (U + u * dU) @ (x + v * dx))
+        return jnp.tanh((W + t[0] * dW) @ z + (U + t[1] * dU) @ (x + t[2] * dx))
 
     # The reference: Newton's method in numpy, then one dense solve a parameter.
-    z = np.zeros(n)
+    z, slope, A = np.zeros(n), np.ones(n), np.eye(n)
     for _ in range(50):
         h = np.tanh(W @ z + U @ x)
-        A = np.eye(n) - (1 - h**2)[:, None] * W
+        slope = 1 - h**2
+        A = np.eye(n) - slope[:, None] * W
         z = z + np.linalg.solve(A, h - z)
-    moved = np.stack([dW @ z, dU @ x, U @ dx], axis=1)
+    moved = slope[:, None] * np.stack([dW @ z, dU @ x, U @ dx], axis=1)
     return Problem(
         title=f"An equilibrium layer of {n} units",
-        text="z = tanh(W z + U x) with |W| = 0.95, and the loss |z|²/2",
+        text="z = tanh(W z + U x),  W symmetric with |W| = 0.98,  loss |z|²/2",
         f=f,
         x0=jnp.zeros(n),
         t=jnp.zeros(3),
         outputs=lambda z: 0.5 * jnp.sum(z**2)[None],
         value=z,
-        derivative=(z @ np.linalg.solve(A, (1 - z**2)[:, None] * moved))[None],
+        derivative=(z @ np.linalg.solve(A, moved))[None],
         reference="dense LU",
-        names=("along W", "along U", "along x"),
+        names=("along dW", "along dU", "along dx"),
     )
 
 
@@ -122,110 +118,126 @@ class Checks:
         self.total += 1
         self.wrong += not right
         line = f"   {what}: off by {difference:.1e}, allowed {tolerance:.0e}"
-        print(f"{line:<{WIDTH - 6}}{'ok' if right else 'WRONG':>5}")
+        print(f"{line:<76}{'ok' if right else 'WRONG':>5}")
 
 
-def solve(problem: Problem, solver: ij.AbstractSolver, t: Array) -> ij.Solution:
-    """The fixed point at `t`, with the residual of every step."""
-    return ij.implicit_fixed_point(
-        problem.f, problem.x0, t, solver=solver, rtol=RTOL, max_steps=MAX_STEPS, history=True
-    )
+def compiled(problem: Problem) -> dict[str, Callable[[Array], tuple[Array, ij.Solution]]]:
+    """For each solver a program from `t` to a pair: the outputs by Picard's iteration, their
+    derivative in reverse mode by Anderson's, in forward mode by Newton's; and the solution.
+    """
+
+    def program(solver: ij.AbstractSolver) -> Callable:
+        def outputs(t: Array) -> tuple[Array, ij.Solution]:
+            solution = ij.implicit_fixed_point(
+                problem.f, problem.x0, t, solver=solver, rtol=RTOL, max_steps=400, history=True
+            )
+            return problem.outputs(solution.value), solution
+
+        return outputs
+
+    programs = {
+        "Picard": program(ij.Picard()),
+        "Anderson": jax.jacrev(program(ij.Anderson()), has_aux=True),
+        "Newton": jax.jacfwd(program(ij.Newton()), has_aux=True),
+    }
+    lowered = [jax.jit(one).lower(problem.t) for one in programs.values()]
+    with ThreadPoolExecutor() as pool:  # on as many cores as there are
+        return dict(zip(programs, pool.map(lambda one: one.compile(), lowered), strict=True))
 
 
 def walk(problem: Problem, check: Checks) -> dict[str, np.ndarray]:
     """One problem from its equations to the timing; returns the residuals of each solver."""
     print(f"   {problem.text}\n")
-    residuals = show_solvers(problem, check)
-    show_gradients(problem, check)
-    show_timing(problem, check, steps=len(residuals["Picard"]) - 1)
-    return residuals
-
-
-def show_solvers(problem: Problem, check: Checks) -> dict[str, np.ndarray]:
-    """Value and residuals of each solver."""
-    solutions = {name: solve(problem, solver, problem.t) for name, solver in SOLVERS.items()}
+    programs = compiled(problem)
+    solutions = {name: program(problem.t)[1] for name, program in programs.items()}
     residuals = {
         name: np.asarray(s.stats.residual_history)[: int(s.stats.num_steps) + 1]
         for name, s in solutions.items()
     }
-    value = ", ".join(f"{v:.10f}" for v in np.asarray(solutions["Anderson"].value)[:4])
-    more = f", … ({problem.value.size} numbers)" if problem.value.size > 4 else ""
-    print(f"   value   {value}{more}\n")
-    print("   residual by step " + "".join(f"{name:>12}" for name in SOLVERS))
+    show_solutions(problem, solutions, residuals, check)
+    show_gradients(problem, programs, check)
+    show_timing(problem, programs["Anderson"], len(residuals["Picard"]) - 1, check)
+    return residuals
+
+
+def show_solutions(
+    problem: Problem,
+    solutions: dict[str, ij.Solution],
+    residuals: dict[str, np.ndarray],
+    check: Checks,
+) -> None:
+    """Value and residuals by each solver."""
+    value = np.array2string(np.asarray(solutions["Anderson"].value), precision=10, threshold=8)
+    print(f"   value   {value}\n")
+    print("   residual by step " + "".join(f"{name:>12}" for name in residuals))
     longest = max(len(r) for r in residuals.values())
     for step in [s for s in (0, 1, 2, 4, 8, 16, 32, 64, 128) if s < longest]:
         cells = (f"{r[step]:12.1e}" if step < len(r) else f"{'':12}" for r in residuals.values())
         print(f"   {step:16d} " + "".join(cells).rstrip())
+    evaluations = (int(s.stats.num_evaluations) for s in solutions.values())
     print("   last of all      " + "".join(f"{r[-1]:12.1e}" for r in residuals.values()))
-    print("   evaluations of f " + "".join(f"{int(s.stats.num_evaluations):12d}" for s in solutions.values()))
-    print()
+    print("   evaluations of f " + "".join(f"{n:12d}" for n in evaluations) + "\n")
+
+    f = jax.jit(problem.f)
     for name, s in solutions.items():
         check(f"value by {name} against {problem.reference}", s.value, problem.value, 1e-10)
-    for name, s in solutions.items():
-        again = ij.rms_norm(problem.f(s.value, problem.t) - s.value)
-        check(f"last residual of {name} against f(x) - x", residuals[name][-1], again, 1e-14)
+    anew = [residual(f(s.value, problem.t), s.value) for s in solutions.values()]
+    check("last residuals against f(x) - x", [r[-1] for r in residuals.values()], anew, 1e-14)
     x, plain = problem.x0, []
-    step = jax.jit(lambda x: problem.f(x, problem.t))
     for _ in residuals["Picard"]:
-        fx = step(x)
-        plain.append(np.sqrt(np.mean((np.asarray(fx) - np.asarray(x)) ** 2)))
+        fx = f(x, problem.t)
+        plain.append(residual(fx, x))
         x = fx
     check("residuals of Picard against a plain loop", residuals["Picard"], plain, 1e-14)
     print()
-    return residuals
 
 
-def show_gradients(problem: Problem, check: Checks) -> None:
+def residual(fx: Array, x: Array) -> np.floating:
+    """The root mean square of `f(x) - x`, by numpy."""
+    return np.sqrt(np.mean((np.asarray(fx) - np.asarray(x)) ** 2))
+
+
+def show_gradients(problem: Problem, programs: dict[str, Callable], check: Checks) -> None:
     """Derivatives in both modes, beside a central difference and the reference."""
+    h, t = 1e-4, np.asarray(problem.t)
 
-    @jax.jit
-    def outputs(t: Array) -> Array:
-        return problem.outputs(solve(problem, ij.Anderson(), t).value)
+    def outputs(t: np.ndarray) -> np.ndarray:
+        return np.asarray(programs["Picard"](t)[0])
 
-    step = 1e-4
-    basis = step * np.eye(problem.t.size)
-    difference = [(outputs(problem.t + e) - outputs(problem.t - e)) / (2 * step) for e in basis]
+    differences = [(outputs(t + h * e) - outputs(t - h * e)) / (2 * h) for e in np.eye(t.size)]
     columns = {
-        "forward": np.asarray(jax.jit(jax.jacfwd(outputs))(problem.t)),
-        "reverse": np.asarray(jax.jit(jax.jacrev(outputs))(problem.t)),
-        "difference": np.stack(difference, axis=1),
+        "forward": np.asarray(programs["Newton"](t)[0]),
+        "reverse": np.asarray(programs["Anderson"](t)[0]),
+        "difference": np.stack(differences, axis=1),
         problem.reference: problem.derivative,
     }
-    print("   gradient     " + "".join(f"{name:>16}" for name in columns))
+    print("   gradient    " + "".join(f"{name:>16}" for name in columns))
     for name, *row in zip(problem.names, *(c.ravel() for c in columns.values()), strict=True):
-        print(f"   {name:<13}" + "".join(f"{v:16.10f}" for v in row))
+        print(f"   {name:<12}" + "".join(f"{v:16.10f}" for v in row))
     print()
-    forward, reverse = columns["forward"], columns["reverse"]
-    check(f"forward mode against {problem.reference}", forward, problem.derivative, 1e-9)
-    check(f"reverse mode against {problem.reference}", reverse, problem.derivative, 1e-9)
-    check("reverse mode against the difference", reverse, columns["difference"], 1e-6)
+    for mode in ("forward", "reverse"):
+        for other, tolerance in ((problem.reference, 1e-9), ("difference", 1e-6)):
+            check(f"{mode} mode against {other}", columns[mode], columns[other], tolerance)
     print()
 
 
-def show_timing(problem: Problem, check: Checks, steps: int) -> None:
-    """The gradient beside that of Picard's iteration unrolled by a scan, compiled both."""
-
-    def implicit(t: Array) -> Array:
-        return jnp.sum(problem.outputs(solve(problem, ij.Anderson(), t).value))
+def show_timing(problem: Problem, gradient: Callable, steps: int, check: Checks) -> None:
+    """The gradient beside that of Picard's iteration unrolled by a scan, both compiled."""
 
     def unrolled(t: Array) -> Array:
-        body = lambda x, _: (problem.f(x, t), None)
-        return jnp.sum(problem.outputs(lax.scan(body, problem.x0, length=steps)[0]))
+        x, _ = lax.scan(lambda x, _: (problem.f(x, t), None), problem.x0, length=steps)
+        return problem.outputs(x)
 
-    ours, theirs = (jax.jit(jax.grad(g)).lower(problem.t).compile() for g in (implicit, unrolled))
-    ratio = time_ratio(lambda: ours(problem.t), lambda: theirs(problem.t))
-    print(f"   The compiled gradient takes {ratio:.2f} times the time of one through a scan of the")
-    sizes = [c.memory_analysis() for c in (ours, theirs)]
-    if all(sizes):
-        memory = sizes[0].temp_size_in_bytes / sizes[1].temp_size_in_bytes
-        print(f"   {steps} steps of Picard, and {memory:.2f} times its working memory.")
-    else:
-        print(f"   {steps} steps of Picard.")
-    check("both gradients against each other", ours(problem.t), theirs(problem.t), 1e-9)
+    t = problem.t
+    beside = jax.jit(jax.jacrev(unrolled)).lower(t).compile()
+    ratio = time_ratio(lambda: gradient(t), lambda: beside(t))
+    print(f"   Compiled, the gradient in reverse mode takes {ratio:.2f} times the time of the one")
+    print(f"   through {steps} steps of Picard unrolled by a scan.")
+    check("the two against each other", gradient(t)[0], beside(t), 1e-9)
     print()
 
 
-def time_ratio(a: Callable[[], Array], b: Callable[[], Array], calls: int = 20) -> float:
+def time_ratio(a: Callable[[], object], b: Callable[[], object], calls: int = 20) -> float:
     """The time of `a` in units of `b`: of interleaved rounds the shortest of each."""
     shortest = [float("inf"), float("inf")]
     for _ in range(15):
@@ -240,14 +252,14 @@ def time_ratio(a: Callable[[], Array], b: Callable[[], Array], calls: int = 20) 
 def save_picture(path: Path, curves: dict[str, dict[str, np.ndarray]]) -> None:
     """Residual by step, a panel for each problem; or how to get matplotlib."""
     try:
-        import matplotlib
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
     except ImportError:
         print('No picture: matplotlib is missing; pip install "implicitjax[plot]"')
         return
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, panels = pyplot.subplots(1, len(curves), figsize=(9, 3.6), layout="constrained")
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(1, len(curves))
     for panel, (title, residuals) in zip(panels, curves.items(), strict=True):
         for name, r in residuals.items():
             panel.semilogy(np.where(r > 0, r, np.nan), "o-", markersize=3, label=name)
@@ -255,7 +267,6 @@ def save_picture(path: Path, curves: dict[str, dict[str, np.ndarray]]) -> None:
         panel.grid(alpha=0.3)
     panels[0].legend()
     figure.savefig(path, dpi=150)
-    pyplot.close(figure)
     print(f"The residuals as a picture: {path.resolve()}")
 
 

@@ -91,9 +91,16 @@ def split_call(f: Any, x0: Any, args: tuple, has_aux: bool) -> tuple[Call, list]
 
 
 def as_pytree(f: Any) -> Any:
-    """`functools.partial` as a pytree, so that what it binds is seen; others as they are."""
+    """The map as a pytree where it is one in disguise, so that its arrays are seen.
+
+    `functools.partial` becomes JAX's own; `jax.jit` of a module, which JAX refuses to call
+    since a module cannot be hashed, becomes the module.
+    """
     if isinstance(f, functools.partial) and not isinstance(f, jax.tree_util.Partial):
         return jax.tree_util.Partial(as_pytree(f.func), *f.args, **f.keywords)
+    wrapped = getattr(f, "__wrapped__", None)
+    if isinstance(wrapped, eqx.Module) and not isinstance(f, eqx.Module):
+        return wrapped
     return f
 
 

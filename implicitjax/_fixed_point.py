@@ -16,7 +16,8 @@ from . import _tree
 from ._adjoint import AbstractAdjoint, ImplicitAdjoint, UnrolledAdjoint
 from ._call import Call, Held, is_array, split_call, Static
 from ._check import nonnegative, positive_int
-from ._iterate import CONVERGED, LoopOptions, RESULT_NAMES
+from ._iterate import LoopOptions
+from ._outcome import CONVERGED, RESULT_NAMES
 from ._problem import trace
 from ._program import Options, solve_by_structure, solve_by_trace, Solved, Statics, Tools
 from ._purity import Certificate, certify
@@ -68,7 +69,7 @@ def implicit_fixed_point(
       `norm(error / (atol + rtol |x|)) <= 1`, where the *error* is estimated, not the step.
       By default `rtol = eps^(2/3)` for the dtype of each leaf (3.7e-11 in float64, 2.4e-5 in
       float32, 9.9e-3 in float16, 3.9e-2 in bfloat16) and `atol` is `rtol` times the scale of
-      the leaf, the larger of the mean magnitudes of guess and iterate.
+      the leaf, the largest of the mean magnitudes of guess, iterate and value.
     - `max_steps`: steps of the solver at the most.
     - `norm`: from a pytree of real or complex arrays to a real scalar.
     - `early_stop`: `True` for a `lax.while_loop`; `False` for a `lax.scan` of exactly

@@ -25,9 +25,11 @@ Vector = list[Array]
 LinearSolve = Callable[[Callable[[Vector], Vector], Vector, PyTree], Vector]
 
 
-def by_jvp(F: Callable, solve: Callable, linear_solve: LinearSolve) -> Callable:
+def by_jvp(F: Callable, solve: Callable, linear_solve: LinearSolve, mark: Callable) -> Callable:
     """`x*(θ)` with the forward rule. Its tangent is a linear solve that JAX can transpose,
     so that this one rule serves forward mode, reverse mode, and both to any order.
+
+    `mark` is the identity on tangents, and NaN where there is no solution to differentiate.
     """
 
     @jax.custom_jvp
@@ -40,7 +42,8 @@ def by_jvp(F: Callable, solve: Callable, linear_solve: LinearSolve) -> Callable:
         moving = [not isinstance(t, SymbolicZero) for t in θ_dot]
         B = _pushforward(lambda part: F(_merge(moving, part, θ), x), _pick(moving, θ))
         J = _linearize(lambda x: F(θ, x), x)
-        b = lax.optimization_barrier(B(_pick(moving, θ_dot)))  # one linear map: all leaves move
+        θ_dot = mark(_pick(moving, θ_dot), outcome)
+        b = lax.optimization_barrier(B(θ_dot))  # one linear map: all leaves of b move
         x_dot = linear_solve(lambda v: sub(v, J(v)), b, outcome)
         return (x, outcome), (x_dot, jax.tree.map(_no_tangent, outcome))
 

@@ -22,18 +22,18 @@ from jax import Array, lax
 from jaxtyping import Bool, Float, Int, PyTree
 
 from . import _tree
-from ._solution import Result
-from ._tolerance import FLOOR, Scale, Tolerances
+from ._outcome import (
+    CONVERGED,
+    DIVERGED,
+    MAX_STEPS,
+    NONFINITE,
+    Outcome,
+    ROUNDOFF,
+    RUNNING,
+    STAGNATED,
+)
+from ._tolerance import FLOOR, Scale, Tolerances, Units
 from .solvers import AbstractSolver
-
-RUNNING, CONVERGED, MAX_STEPS, STAGNATED, DIVERGED, NONFINITE, ROUNDOFF = range(7)
-_RESULTS = {
-    MAX_STEPS: Result.max_steps_reached,
-    STAGNATED: Result.stagnated,
-    DIVERGED: Result.diverged,
-    NONFINITE: Result.nonfinite,
-}
-RESULT_NAMES = ("running", "converged", "max_steps_reached", "stagnated", "diverged", "nonfinite")
 
 # How long an amplification is remembered: by what factor it fades from step to step.
 _FADE = 0.5
@@ -50,36 +50,6 @@ class LoopOptions(NamedTuple):
     history: bool
     keep_best: bool
     progress: Callable[[int, float], None] | None
-
-
-class Outcome(eqx.Module):
-    """How the loop ended.
-
-    - `code`: one of the constants above, but neither `RUNNING` nor `ROUNDOFF`.
-    - `ratio`: the estimated error in units of the tolerance; converged means at most 1.
-    - `worst`: the index of the leaf with the largest residual in units of the tolerance.
-    - `history`: a list with the residuals of each leaf, or `None`.
-
-    The other fields are those of `Stats`.
-    """
-
-    code: Int[Array, ""]
-    num_steps: Int[Array, ""]
-    num_evaluations: Int[Array, ""]
-    residual_norm: Float[Array, ""]
-    error_estimate: Float[Array, ""]
-    ratio: Float[Array, ""]
-    contraction_rate: Float[Array, ""]
-    tolerance_clamped: Bool[Array, ""]
-    worst: Int[Array, ""]
-    history: list | None
-
-    def result(self) -> Result:
-        """The public name of the code."""
-        result = Result.converged
-        for code, member in _RESULTS.items():
-            result = Result.where(self.code == code, member, result)
-        return result
 
 
 class _Watch(eqx.Module):
@@ -127,36 +97,33 @@ def iterate(
     """
     scale = Scale(tolerances, x0)
 
-    def norm(vector: list, x: list) -> Float[Array, ""]:
-        return options.norm(scale.units(vector, x))
-
     def body(state: _State) -> _State:
         x, solver_state = solver.step(f, state.x, state.fx, state.solver)
         fx = f(x)
-        frozen, old = _tree.stop_gradient((x, fx)), _tree.stop_gradient((state.x, state.fx))
-        r, r_old = _tree.sub(frozen[1], frozen[0]), _tree.sub(old[1], old[0])
-        residual = norm(r, frozen[0])
-        moved = norm(_tree.sub(frozen[0], old[0]), frozen[0])
-        changed = norm(_tree.sub(r, r_old), frozen[0])
+        now, old = _tree.stop_gradient((x, fx)), _tree.stop_gradient((state.x, state.fx))
+        units = scale.at(*now)
+        r, r_old = _tree.sub(now[1], now[0]), _tree.sub(old[1], old[0])
+        residual = options.norm(units.measure(r))
+        moved = options.norm(units.measure(_tree.sub(now[0], old[0])))
+        changed = options.norm(units.measure(_tree.sub(r, r_old)))
         amplification = _amplification(moved, changed, state.amplification)
         step = state.step + 1
-        watch, alarm = _look(state.watch, frozen[0], r, residual, step, scale, norm, options.norm)
-        code = _decide(residual, amplification, watch.floor, alarm)
+        watch, alarm = _look(state.watch, now[0], r, residual, step, units, options.norm)
         return _State(
             x=x,
             fx=fx,
             solver=solver_state,
             step=step,
-            code=code,
+            code=_decide(residual, amplification, watch.floor, alarm),
             recent=jnp.concatenate([residual[None], state.recent[:-1]]),
             amplification=amplification,
             watch=watch,
-            best=_keep(state.best, frozen, residual),
+            best=_keep(state.best, now, options),
             history=_record(state.history, r, step),
         )
 
     fx0 = f(x0)
-    state = _start(x0, fx0, solver, norm, options)
+    state = _start(x0, fx0, solver, scale, options)
 
     def running(state: _State) -> Bool[Array, ""]:
         return (state.code == RUNNING) & (state.step < options.max_steps)
@@ -176,7 +143,7 @@ def iterate(
             return lax.cond(running(state), reported, lambda s: s, state), None
 
         state, _ = lax.scan(scanned, state, length=options.max_steps)
-    return _finish(state, scale, norm, options)
+    return _finish(state, scale, options)
 
 
 def _amplification(moved: Array, changed: Array, last: Array) -> Array:
@@ -196,14 +163,14 @@ def _decide(residual: Array, amplification: Array, floor: Array, alarm: Array) -
 
 
 def _start(
-    x0: list, fx0: list, solver: AbstractSolver, norm: Callable, options: LoopOptions
+    x0: list, fx0: list, solver: AbstractSolver, scale: Scale, options: LoopOptions
 ) -> _State:
     """The state after the first evaluation. A single value says nothing of the error, so
     that only a residual of exactly zero ends the solve here.
     """
     frozen = _tree.stop_gradient((x0, fx0))
     r = _tree.sub(frozen[1], frozen[0])
-    residual = norm(r, frozen[0])
+    residual = options.norm(scale.at(*frozen).measure(r))
     zero = jnp.zeros_like(residual)
     code = jnp.where(jnp.isfinite(residual), RUNNING, NONFINITE)
     code = jnp.where(_tree.all_zero(r), CONVERGED, code).astype(jnp.int32)
@@ -223,7 +190,7 @@ def _start(
         recent=jnp.full((5,), residual),
         amplification=zero,
         watch=_Watch(frozen[0], first, zero, residual, step),
-        best=(*frozen, residual) if options.keep_best else None,
+        best=(*frozen, first) if options.keep_best else None,
         history=history,
     )
 
@@ -234,9 +201,8 @@ def _look(
     r: list,
     residual: Array,
     step: Array,
-    scale: Scale,
+    units: Units,
     norm: Callable,
-    plain_norm: Callable,
 ) -> tuple[_Watch, Array]:
     """Looks for cycles, divergence and noise. Each verdict is a proof, not a guess at
     slowness: an iterate that came back to the last digit; a residual grown by
@@ -248,9 +214,9 @@ def _look(
     best_at = jnp.where(better, step, watch.best_at)
 
     def look() -> tuple[list, Array, Array]:
-        floor = norm(scale.roundoff(x), x)
-        distance = norm(_tree.sub(x, watch.reference), x)
-        grown = plain_norm(r) > watch.first / _tree.epsilon(x) ** (2 / 3)
+        floor = norm(units.measure(units.roundoff()))
+        distance = norm(units.measure(_tree.sub(x, watch.reference)))
+        grown = norm(r) > watch.first / _tree.epsilon(x) ** (2 / 3)
         cycle = (distance <= floor) & (residual > 100 * floor)
         noise = (residual <= 100 * floor) & (step - best_at >= 24)
         alarm = jnp.where(grown, DIVERGED, jnp.where(noise, ROUNDOFF, RUNNING))
@@ -266,11 +232,12 @@ def _look(
     return _Watch(reference, watch.first, floor, best, best_at), alarm
 
 
-def _keep(best: tuple | None, current: tuple, residual: Array) -> tuple | None:
+def _keep(best: tuple | None, now: tuple, options: LoopOptions) -> tuple | None:
     """The iterate with the smallest residual, where it is asked for."""
     if best is None:
         return None
-    return _tree.where(residual < best[-1], (*current, residual), best)
+    residual = options.norm(_tree.sub(now[1], now[0]))
+    return _tree.where(residual < best[-1], (*now, residual), best)
 
 
 def _record(history: list | None, r: list, step: Array) -> list | None:
@@ -279,30 +246,29 @@ def _record(history: list | None, r: list, step: Array) -> list | None:
     return [h.at[step].set(_tree.rms_norm(ri)) for h, ri in zip(history, r, strict=True)]
 
 
-def _finish(
-    state: _State, scale: Scale, norm: Callable, options: LoopOptions
-) -> tuple[list, Outcome]:
+def _finish(state: _State, scale: Scale, options: LoopOptions) -> tuple[list, Outcome]:
     """The verdict. The error estimate counts the round-off of the residual too; a solve
     that round-off ended has converged only if the estimate allows it, or if no more was
     asked for than the dtype can reach.
     """
     x, fx = state.x, state.fx
     if state.best is not None:
-        failed = state.code != CONVERGED
+        failed = (state.code != CONVERGED) & (state.code != ROUNDOFF)
         x, fx = _tree.where(failed, state.best[:2], (x, fx))
-    at = _tree.stop_gradient(x)
-    r = _tree.sub(_tree.stop_gradient(fx), at)
-    units, roundoff = scale.units(r, at), scale.roundoff(at)
+    at, value = _tree.stop_gradient((x, fx))
+    r, units = _tree.sub(value, at), scale.at(at, value)
+    measured, roundoff = units.measure(r), units.roundoff()
+    floor = options.norm(units.measure(roundoff)) / FLOOR
     amplification = jnp.where(state.step == 0, 1.0, state.amplification)
-    ratio = amplification * jnp.maximum(options.norm(units), norm(roundoff, at) / FLOOR)
-    clamped = scale.clamped(at)
+    ratio = amplification * jnp.maximum(options.norm(measured), floor)
+    clamped = units.clamped()
 
     settled = (state.code == CONVERGED) | (state.code == ROUNDOFF)
     verdict = jnp.where((ratio <= 1) | clamped, CONVERGED, STAGNATED)
     code = jnp.where(settled, verdict, state.code)
     code = jnp.where(code == RUNNING, MAX_STEPS, code)
-    finite = _tree.all_zero([~jnp.isfinite(leaf) for leaf in r])
-    code = jnp.where((code == NONFINITE) & finite, DIVERGED, code)  # only the norm overflowed
+    infinite = _tree.any_of([~jnp.isfinite(leaf) for leaf in (*state.x, *state.fx)])
+    code = jnp.where((code == NONFINITE) & ~infinite, DIVERGED, code)  # only the norm overflowed
 
     residual_norm = _tree.robust_norm(options.norm, r)
     noise_norm = _tree.robust_norm(options.norm, roundoff) / FLOOR
@@ -310,7 +276,7 @@ def _finish(
     before = state.recent[back]
     known = (back > 0) & (before > 0)
     quotient = jnp.where(known, state.recent[0] / jnp.where(known, before, 1.0), 0.0)
-    leaf_norms = jnp.stack([options.norm([leaf]) for leaf in units])
+    leaf_norms = jnp.stack([options.norm([leaf]) for leaf in measured])
     return x, Outcome(
         code=code.astype(jnp.int32),
         num_steps=state.step,
@@ -318,7 +284,7 @@ def _finish(
         residual_norm=residual_norm,
         error_estimate=amplification * jnp.maximum(residual_norm, noise_norm),
         ratio=ratio,
-        contraction_rate=quotient ** (1 / jnp.maximum(back, 1)),
+        contraction_rate=quotient ** (1 / jnp.maximum(back, 1).astype(quotient.dtype)),
         tolerance_clamped=clamped,
         worst=jnp.argmax(jnp.where(jnp.isfinite(leaf_norms), leaf_norms, jnp.inf)),
         history=state.history,

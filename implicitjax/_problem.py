@@ -128,12 +128,23 @@ def trace(call: Call, arrays: list) -> tuple[Trace, list, list]:
     for _ in range(3):
         closed, output, corrections = _trace_once(call, arrays)
         if not corrections:
+            _check_floats(call, arrays)
             return Trace(closed, call, arrays, output), list(closed.consts), arrays
         call, arrays = _correct(call, arrays, corrections)
     raise TypeError(
         "The map returns another dtype for each dtype of the guess: pass a guess of a fixed "
         f"dtype, such as jnp.asarray(x0, {jnp.zeros(()).dtype.name})."
     )
+
+
+def _check_floats(call: Call, arrays: list) -> None:
+    """An unknown is a float or complex array: a guess without any is a mistake."""
+    state = [arrays[i] for i in call.state_arrays() if i is not None]
+    if not any(jnp.issubdtype(jnp.asarray(a).dtype, jnp.inexact) for a in state):
+        raise TypeError(
+            "The guess x0 has no float or complex leaf, so there is nothing to solve for: "
+            f"pass floats, got {call.rebuild(arrays)[1]!r}."
+        )
 
 
 def _trace_once(call: Call, arrays: list) -> tuple[jec.ClosedJaxpr, Output, dict[int, Any]]:
@@ -199,7 +210,7 @@ def _like(name: str, old: Any, new: Any) -> Array:
     same_shape = new.shape == old.shape
     if same_shape and new.dtype == old.dtype:
         return new
-    if same_shape and _weak(new) and jnp.promote_types(new.dtype, old.dtype) == old.dtype:
+    if same_shape and _weak(new) and _promotes(new.dtype, old.dtype):
         return new.astype(old.dtype)
     if same_shape and _weak(old) and jnp.issubdtype(new.dtype, jnp.number):
         return new  # the guess takes the dtype of the output
@@ -216,6 +227,11 @@ def _leaf_message(name: str, old: Any, new: Any, remedy: str = "") -> str:
         f"The leaf {name} is {_describe(old)} in the guess, but the map returns "
         f"{_describe(new)}{remedy}."
     )
+
+
+def _promotes(new: Any, old: Any) -> bool:
+    with jax.numpy_dtype_promotion("standard"):
+        return jnp.promote_types(new, old) == old
 
 
 def _weak(x: Any) -> bool:

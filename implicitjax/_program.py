@@ -17,12 +17,13 @@ from . import _tree
 from ._adjoint import AbstractAdjoint, ImplicitAdjoint, UnrolledAdjoint
 from ._call import Call, Static
 from ._implicit import by_jvp, by_vjp
-from ._iterate import CONVERGED, iterate, LoopOptions, Outcome
+from ._iterate import iterate, LoopOptions
+from ._outcome import CONVERGED, Outcome
 from ._problem import Trace, trace
 from ._report import poison
 from ._solution import Solution, Stats
 from ._tolerance import Tolerances
-from .linear._transposable import OnFailure, transposable_solve
+from .linear._transposable import mark_failed, OnFailure, transposable_solve
 from .solvers import AbstractSolver
 
 
@@ -146,8 +147,16 @@ def _fixed_point(
         failed = outcome.code != CONVERGED
         return transposable_solve(A, b, adjoint.linear_solver, options.on_failure, failed)
 
-    rule = by_vjp if pullback_only or adjoint.rule == "vjp" else by_jvp
-    x, outcome = rule(F, solve, linear_solve)(theta, fixed)
+    def mark(tangent: list, outcome: Outcome) -> list:
+        if options.on_failure == "return":
+            return tangent
+        return mark_failed(tangent, outcome.code != CONVERGED)
+
+    if pullback_only or adjoint.rule == "vjp":
+        x_star = by_vjp(F, solve, linear_solve)
+    else:
+        x_star = by_jvp(F, solve, linear_solve, mark)
+    x, outcome = x_star(theta, fixed)
     return x, _tree.stop_gradient(outcome)
 
 

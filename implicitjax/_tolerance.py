@@ -23,40 +23,51 @@ class Scale:
     """The unit in which every number is measured: `atol + rtol |x|`, entry by entry.
 
     By default `rtol = eps^(2/3)` of the leaf's dtype and `atol = rtol` times the scale of
-    the leaf, the larger of the mean magnitudes of guess and iterate, so that the answer
-    does not depend on the units of the unknown. No unit is below `8 eps` times that scale.
+    the leaf, the largest of the mean magnitudes of guess, iterate and value, so that the
+    answer does not depend on the units of the unknown. No unit is below `8 eps` times that
+    scale: a tolerance tighter than that is clamped.
     """
 
     def __init__(self, tolerances: Tolerances, x0: list):
         self.tolerances = tolerances
-        self.guess = [_tree.magnitude(leaf) for leaf in _tree.stop_gradient(x0)]
+        self.guess = [_tree.magnitude([leaf]) for leaf in _tree.stop_gradient(x0)]
 
-    def _leaf(self, i: int, xi: Array) -> tuple[Array, Array]:
-        eps = float(jnp.finfo(xi.dtype).eps)
-        dtype = _tree.accumulation_dtype(xi)
-        rtol = self.tolerances.rtol
-        rtol = jnp.asarray(eps ** (2 / 3) if rtol is None else rtol, dtype)
-        typical = jnp.maximum(self.guess[i], _tree.magnitude(xi))
-        atol = rtol * typical if self.tolerances.atol is None else self.tolerances.atol
-        asked = jnp.asarray(atol, dtype) + rtol * jnp.abs(xi).astype(dtype)
-        reach = eps * jnp.maximum(jnp.abs(xi).astype(dtype), typical)
-        return asked, reach
+    def at(self, x: list, fx: list) -> "Units":
+        """The units at the iterate `x` with the value `fx`."""
+        asked, reach = [], []
+        for guess, xi, fi in zip(self.guess, x, fx, strict=True):
+            eps, dtype = float(jnp.finfo(xi.dtype).eps), guess.dtype
+            size = jnp.abs(xi).astype(dtype)
+            typical = jnp.maximum(guess, jnp.maximum(_tree.magnitude([xi]), _tree.magnitude([fi])))
+            rtol, atol = self.tolerances
+            rtol = jnp.asarray(eps ** (2 / 3) if rtol is None else rtol).astype(dtype)
+            atol = rtol * typical if atol is None else jnp.asarray(atol).astype(dtype)
+            asked.append(atol + rtol * size)
+            reach.append(eps * jnp.maximum(size, typical))
+        return Units(asked, reach)
 
-    def units(self, vector: list, x: list) -> list:
-        """`vector` in units of the tolerance at `x`, at least in float32."""
+
+class Units(NamedTuple):
+    """The tolerance that is `asked` for and the round-off that the dtype can `reach`."""
+
+    asked: list[Array]
+    reach: list[Array]
+
+    def measure(self, vector: list) -> list:
+        """`vector` in units of the tolerance, in float32 at least."""
         out = []
-        for i, (vi, xi) in enumerate(zip(vector, x, strict=True)):
-            asked, reach = self._leaf(i, xi)
+        for vi, asked, reach in zip(vector, self.asked, self.reach, strict=True):
             unit = jnp.maximum(asked, CLAMP * reach)
-            unit = jnp.where(unit > 0, unit, 1.0)
-            out.append(vi.astype(jnp.promote_types(vi.dtype, unit.dtype)) / unit)
+            unit = jnp.where(unit > 0, unit, 1.0)  # zero only where iterate and value are
+            wide = _tree.widen(vi, unit.dtype)
+            out.append(wide / unit.astype(wide.dtype))
         return out
 
-    def roundoff(self, x: list) -> list:
+    def roundoff(self) -> list:
         """The residual that round-off alone may leave."""
-        return [FLOOR * self._leaf(i, xi)[1] for i, xi in enumerate(x)]
+        return [FLOOR * reach for reach in self.reach]
 
-    def clamped(self, x: list) -> Bool[Array, ""]:
+    def clamped(self) -> Bool[Array, ""]:
         """Whether some tolerance lies below what the dtype can reach."""
-        below = [jnp.sum(a < CLAMP * r) for a, r in (self._leaf(i, xi) for i, xi in enumerate(x))]
-        return sum(below, jnp.zeros((), jnp.int32)) > 0
+        pairs = zip(self.asked, self.reach, strict=True)
+        return _tree.any_of([asked < CLAMP * reach for asked, reach in pairs])

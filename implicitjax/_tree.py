@@ -11,6 +11,7 @@ reals alone, so a complex inner product would be the wrong one for their derivat
 Reductions are accumulated in float32 at least: in bfloat16 a sum of 300 ones is 256.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -21,9 +22,16 @@ from jaxtyping import Bool, Float, PyTree
 
 
 def accumulation_dtype(*trees: PyTree) -> Any:
-    """The real dtype, float32 at least, in which sums over these leaves are taken."""
-    dtypes = [jnp.finfo(leaf.dtype).dtype for leaf in jax.tree.leaves(trees)]
-    return jnp.result_type(jnp.float32, *dtypes)
+    """The real dtype in which sums over these leaves are taken: float64 or float32."""
+    bits = [jnp.finfo(leaf.dtype).bits for leaf in jax.tree.leaves(trees)]
+    return jnp.dtype(jnp.float64 if max(bits, default=0) == 64 else jnp.float32)
+
+
+def widen(x: Array, dtype: Any) -> Array:
+    """`x` in a real dtype, or in the complex dtype that goes with it."""
+    if jnp.iscomplexobj(x):
+        return x.astype(jnp.complex128 if dtype == jnp.float64 else jnp.complex64)
+    return x.astype(dtype)
 
 
 def epsilon(tree: PyTree) -> float:
@@ -35,8 +43,7 @@ def axpy(alpha: Any, x: PyTree, y: PyTree) -> PyTree:
     """`alpha x + y`, every leaf in the dtype of `y`."""
 
     def leaf(xi: Array, yi: Array) -> Array:
-        scaled = jnp.asarray(alpha).astype(jnp.finfo(yi.dtype).dtype) * xi.astype(yi.dtype)
-        return scaled + yi
+        return jnp.asarray(alpha).astype(yi.dtype) * xi.astype(yi.dtype) + yi
 
     return jax.tree.map(leaf, x, y)
 
@@ -85,10 +92,9 @@ def combine_columns(columns: PyTree, weights: Float[Array, " m"]) -> PyTree:
     """`sum_i weights_i column_i`, every leaf in its own dtype."""
 
     def leaf(ci: Array) -> Array:
-        real = jnp.promote_types(jnp.finfo(ci.dtype).dtype, weights.dtype)
-        wide = ci.astype(jnp.promote_types(ci.dtype, real))
-        w = weights.astype(real).reshape((-1,) + (1,) * (ci.ndim - 1))
-        return jnp.sum(w * wide, axis=0).astype(ci.dtype)
+        w = weights.reshape((-1,) + (1,) * (ci.ndim - 1))
+        wide = widen(ci, weights.dtype)
+        return jnp.sum(w.astype(wide.dtype) * wide, axis=0).astype(ci.dtype)
 
     return jax.tree.map(leaf, columns)
 
@@ -133,14 +139,18 @@ def robust_norm(norm: Callable[[PyTree], Array], x: list) -> Float[Array, ""]:
     """
     s = magnitude(x)
     s = jnp.where((s > 0) & jnp.isfinite(s), s, 1.0)
-    wide = [xi.astype(jnp.promote_types(xi.dtype, s.dtype)) for xi in x]
-    return s * norm([xi / s.astype(jnp.finfo(xi.dtype).dtype) for xi in wide])
+    wide = [widen(xi, s.dtype) for xi in x]
+    return s * norm([xi / s.astype(xi.dtype) for xi in wide])
+
+
+def any_of(flags: Sequence[Array]) -> Bool[Array, ""]:
+    """Whether any entry of any of the boolean arrays holds."""
+    return functools.reduce(jnp.logical_or, map(jnp.any, flags), jnp.zeros((), bool))
 
 
 def all_zero(x: Sequence[Array]) -> Bool[Array, ""]:
     """Whether every entry is exactly zero (NaN is not)."""
-    nonzero = sum((jnp.sum(xi != 0) for xi in x), jnp.zeros((), jnp.int32))
-    return nonzero == 0
+    return ~any_of([xi != 0 for xi in x])
 
 
 def as_reals(tree: PyTree) -> tuple[Callable[[PyTree], list], Callable[[list], PyTree]]:

@@ -45,6 +45,22 @@ def transposable_solve(
     return from_reals(u)
 
 
+def mark_failed(tangent: list, failed: Bool[Array, ""]) -> list:
+    """The identity, which if `failed` makes NaN of all that is not zero, transposed too.
+
+    Without it a solve that failed could pass on a tangent of zero, where the map happens
+    not to depend on the parameter at the guess.
+    """
+
+    def solve(_: Callable, b: list) -> list:
+        bad = failed & ~_tree.all_zero(b)
+        return [jnp.where(bad, jnp.nan, leaf).astype(leaf.dtype) for leaf in b]
+
+    if not tangent:
+        return tangent
+    return lax.custom_linear_solve(lambda v: v, tangent, solve, transpose_solve=solve)
+
+
 def _checked(
     A: Operator, b: Vector, solver: AbstractLinearSolver, on_failure: OnFailure, failed: Array
 ) -> Vector:

@@ -145,7 +145,7 @@ def _put(columns: Iterate, slot: Array, x: Iterate, length: Array, usable: Array
     factor = jnp.where(usable, 1 / jnp.where(length > 0, length, 1.0), 0.0)
 
     def leaf(ci: Array, xi: Array) -> Array:
-        wide = jnp.promote_types(xi.dtype, factor.dtype)
-        return ci.at[slot].set((xi.astype(wide) * factor).astype(ci.dtype))
+        wide = _tree.widen(xi, factor.dtype)
+        return ci.at[slot].set((wide * factor.astype(wide.dtype)).astype(ci.dtype))
 
     return jax.tree.map(leaf, columns, x)

@@ -1,0 +1,1 @@
+"""Ratios beside hand-written loops and beside other libraries: `python -m benchmarks`."""

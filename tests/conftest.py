@@ -1,0 +1,20 @@
+"""Strict JAX for every test: float64, no silent promotion of ranks or dtypes."""
+
+import os
+
+# Compiling is most of what the tests do; LLVM's optimisation of tiny programs is not tested.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+
+import jax
+import pytest
+
+jax.config.update("jax_enable_x64", True)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+
+@pytest.fixture
+def x32():
+    """Runs a test with 64-bit types off, as most users have them."""
+    with jax.enable_x64(False):
+        yield

@@ -1,0 +1,113 @@
+"""Bad input: a clear error at once, that names the place and the remedy."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import implicitjax as ij
+
+
+def solve(f, x0, *args, **keywords):
+    return ij.implicit_fixed_point(f, x0, *args, **keywords)
+
+
+STATE = {"a": jnp.ones(3), "b": [jnp.zeros(()), jnp.ones(2)]}
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda s: {"a": s["a"]}, r"x0\['b'\]\[0\] \(float64\[\]\) is missing"),
+        (lambda s: {**s, "c": s["a"]}, r"leaf at x0\['c'\] \(float64\[3\]\).*has_aux"),
+        (lambda s: {**s, "b": tuple(s["b"])}, "same paths"),
+        (
+            lambda s: {**s, "a": s["a"][:2]},
+            r"x0\['a'\] is float64\[3\] in the guess.*returns float64\[2\]",
+        ),
+        (
+            lambda s: {**s, "b": [s["b"][0], s["b"][1].astype(jnp.float32)]},
+            r"x0\['b'\]\[1\] is float64\[2\].*float32\[2\].*cast the result",
+        ),
+        (lambda s: {**s, "a": "text"}, r"x0\['a'\] is float64\[3\].*'text'"),
+        (lambda s: s["a"], "structure of its guess"),
+    ],
+)
+def test_a_map_that_does_not_fit_its_guess(change, words):
+    for run in (solve, lambda f, x: jax.jit(lambda x: solve(f, x).value)(x)):
+        with pytest.raises(TypeError, match=words):
+            run(change, STATE)
+
+
+def test_a_guess_without_a_float_leaf():
+    with pytest.raises(TypeError, match=r"x0.*int64.*pass a guess of dtype float64"):
+        solve(lambda n: n.astype(float), jnp.arange(3))
+    with pytest.raises(TypeError, match="no float or complex leaf"):
+        solve(lambda n: n // 2, jnp.arange(3))
+    with pytest.raises(TypeError, match="no float or complex leaf"):
+        solve(lambda n: n, None)
+    with pytest.raises(TypeError, match="no float or complex leaf"):
+        solve(lambda n: n, "text")
+
+
+def test_an_integer_that_feeds_back_is_named():
+    def f(state):
+        x, n = state
+        return 0.5 * x + n, n // 2
+
+    with pytest.raises(TypeError, match=r"x0\[1\].*int64.*continuous"):
+        solve(f, (jnp.ones(2), jnp.asarray(3)))
+
+
+@pytest.mark.parametrize(
+    ("keywords", "error", "words"),
+    [
+        ({"solver": "anderson"}, TypeError, r"Anderson\(\)"),
+        ({"solver": ij.Anderson}, TypeError, r"Anderson\(\)"),
+        ({"adjoint": "implicit"}, TypeError, r"ImplicitAdjoint\(\)"),
+        ({"tolerance": 1e-3}, TypeError, "tolerance"),
+        ({"max_steps": 0}, ValueError, "max_steps must be at least 1"),
+        ({"max_steps": 2.5}, TypeError, "max_steps must be a Python integer"),
+        ({"max_steps": None}, TypeError, "max_steps must be a Python integer"),
+        ({"rtol": -1e-3}, ValueError, "rtol must not be negative"),
+        ({"atol": float("nan")}, ValueError, "atol must not be negative"),
+        ({"rtol": "tight"}, TypeError, "rtol must be a real number"),
+        ({"on_failure": "ignore"}, ValueError, '"raise", "nan" or "return"'),
+        ({"norm": 2}, TypeError, "norm must be callable"),
+        ({"progress": True}, TypeError, "progress must be callable"),
+        ({"has_aux": True}, TypeError, r"pair \(x, aux\)"),
+    ],
+)
+def test_keywords_that_make_no_sense(keywords, error, words):
+    with pytest.raises(error, match=words):
+        solve(jnp.cos, jnp.asarray(1.0), **keywords)
+
+
+def test_methods_that_make_no_sense():
+    for make in (
+        lambda: ij.Picard(damping=0.0),
+        lambda: ij.Picard(damping=1.5),
+        lambda: ij.Anderson(memory=0),
+        lambda: ij.Anderson(damping=-1.0),
+        lambda: ij.GMRES(restart=0),
+        lambda: ij.GMRES(rtol=-1.0),
+        lambda: ij.Neumann(terms=0),
+        lambda: ij.BiCGStab(max_steps=0),
+        lambda: ij.ImplicitAdjoint(rule="both"),  # pyright: ignore[reportArgumentType]
+    ):
+        with pytest.raises(ValueError, match=r"must"):
+            make()
+    with pytest.raises(TypeError, match="integer"):
+        ij.Anderson(memory=2.5)  # pyright: ignore[reportArgumentType]
+
+
+def test_a_map_that_is_none():
+    with pytest.raises(TypeError, match="callable"):
+        solve(3.0, 1.0)
+
+
+def test_a_layer_that_makes_no_sense():
+    with pytest.raises(TypeError, match="has_aux"):
+        ij.FixedPointLayer(jnp.cos, lambda: 1.0, has_aux=True)
+    with pytest.raises(TypeError, match="callable"):
+        ij.FixedPointLayer(jnp.cos, np.ones(3))  # pyright: ignore[reportArgumentType]

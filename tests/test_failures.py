@@ -1,0 +1,167 @@
+"""What happens when there is no answer: an error, NaN, or the best iterate and its code."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import implicitjax as ij
+
+from .systems import GUESS, Parameters, parameters, TwoVariables
+
+
+def divergent(x):
+    return 2.0 * x + 1.0
+
+
+def one_step(**keywords):
+    return ij.implicit_fixed_point(TwoVariables(parameters()), GUESS, max_steps=1, **keywords)
+
+
+MESSAGE = (
+    r"max_steps_reached.*after 1 steps the residual norm is 2\.154e-01.*times the tolerance"
+    r".*worst leaf is x0"
+)
+
+
+def test_one_step_and_more_needed_is_an_error_that_says_so():
+    with pytest.raises(ij.ConvergenceError, match=re.compile(MESSAGE, re.DOTALL)) as info:
+        one_step()
+    assert type(info.value) is ij.ConvergenceError
+    assert len(str(info.value).splitlines()) <= 12
+
+
+def test_the_same_within_jit():
+    with pytest.raises(jax.errors.JaxRuntimeError, match=re.compile(MESSAGE, re.DOTALL)):
+        jax.block_until_ready(jax.jit(lambda: one_step().value)())
+
+
+def test_the_same_within_eager_derivatives():
+    def solve(p):
+        return ij.implicit_fixed_point(TwoVariables(p), GUESS, max_steps=1).value[0]
+
+    with pytest.raises(ij.ConvergenceError):
+        jax.grad(solve)(parameters())
+    with pytest.raises(ij.ConvergenceError):
+        jax.jvp(solve, (parameters(),), (parameters(),))
+
+
+def test_under_vmap_the_lane_is_named():
+    def solve(a):
+        return ij.implicit_fixed_point(lambda x: a * x + 1.0, 0.0, solver=ij.Picard()).value
+
+    lanes = jnp.array([0.5, 0.2, 3.0])
+    pattern = re.compile(r"lane 2 \(1 of 3 lanes failed\).*diverged", re.DOTALL)
+    with pytest.raises((ij.ConvergenceError, jax.errors.JaxRuntimeError), match=pattern):
+        jax.block_until_ready(jax.vmap(solve)(lanes))
+
+
+def test_nan_marks_the_failing_lane_alone_in_value_and_gradient():
+    def solve(a):
+        return ij.implicit_fixed_point(
+            lambda x: a * x + 1.0, 0.0, solver=ij.Picard(), on_failure="nan"
+        ).value
+
+    lanes = jnp.array([0.5, 3.0, 0.2])
+    expected = np.array([2.0, np.nan, 1.25])
+    slopes = np.array([4.0, np.nan, 1 / 0.64])
+    np.testing.assert_allclose(jax.vmap(solve)(lanes), expected, rtol=1e-9)
+    np.testing.assert_allclose(jax.jit(jax.vmap(jax.grad(solve)))(lanes), slopes, rtol=1e-8)
+    forward = jax.vmap(lambda a: jax.jvp(solve, (a,), (1.0,))[1])(lanes)
+    np.testing.assert_allclose(forward, slopes, rtol=1e-8)
+    batch = jax.grad(lambda lanes: jax.vmap(solve)(lanes).sum())(lanes)
+    np.testing.assert_allclose(batch, slopes, rtol=1e-8)
+
+
+def test_a_lane_that_is_masked_away_has_the_gradient_zero():
+    def loss(lanes):
+        def solve(a):
+            return ij.implicit_fixed_point(
+                lambda x: a * x + 1.0, 0.0, solver=ij.Picard(), on_failure="nan"
+            )
+
+        solutions = jax.vmap(solve)(lanes)
+        return jnp.where(solutions.converged, solutions.value, 0.0).sum()
+
+    gradient = jax.grad(loss)(jnp.array([0.5, 3.0, 0.2]))
+    np.testing.assert_allclose(gradient, [4.0, 0.0, 1 / 0.64], rtol=1e-8)
+
+
+def test_return_gives_the_best_iterate_and_its_code():
+    solution = ij.implicit_fixed_point(divergent, 3.0, solver=ij.Picard(), on_failure="return")
+    assert solution.result == ij.Result.diverged
+    assert not solution.converged
+    assert solution.value == 3.0  # the guess has the smallest residual
+    np.testing.assert_allclose(solution.stats.residual_norm, 4.0)
+    stopped = one_step(on_failure="return")
+    assert stopped.result == ij.Result.max_steps_reached
+    np.testing.assert_allclose(stopped.stats.residual_norm, 0.2154281238)
+
+
+def test_nonfinite():
+    solution = ij.implicit_fixed_point(lambda x: jnp.log(x) - 5.0, 1.0, on_failure="return")
+    assert solution.result == ij.Result.nonfinite
+    assert solution.value == 1.0
+    with pytest.raises(ij.ConvergenceError, match="nonfinite"):
+        ij.implicit_fixed_point(lambda x: jnp.sqrt(x), -1.0)
+
+
+@pytest.mark.parametrize("policy", ["nan", "return"])
+def test_no_callback_and_exportable(policy):
+    def solve(a, b):
+        p = Parameters(a, b)
+        return ij.implicit_fixed_point(TwoVariables(p), GUESS, on_failure=policy).value.sum()
+
+    p = parameters()
+    for function in (solve, jax.grad(solve), lambda a, b: jax.vmap(solve)(a[None], b[None])):
+        assert "callback" not in jax.jit(function).lower(p.alpha, p.beta).as_text()
+        exported = jax.export.export(jax.jit(function))(p.alpha, p.beta)
+        again = jax.export.deserialize(exported.serialize())
+        np.testing.assert_allclose(
+            again.call(p.alpha, p.beta), function(p.alpha, p.beta), rtol=1e-12
+        )
+
+
+def fold(a):
+    """`x = x + a - x^2` has the solution `sqrt(a)`, with no derivative at `a = 0`."""
+    return lambda x: x + a - x**2
+
+
+def test_a_derivative_where_there_is_none_is_an_error():
+    def solve(a):
+        return ij.implicit_fixed_point(fold(a), 0.0).value
+
+    for mode in (jax.grad, jax.jacfwd):
+        with pytest.raises(Exception, match="condition number of I - df/dx") as info:
+            jax.block_until_ready(mode(solve)(0.0))
+        assert isinstance(info.value, (ij.DerivativeError, jax.errors.JaxRuntimeError))
+
+
+def test_a_derivative_where_there_is_none_is_nan_in_its_lane_alone():
+    def solve(a):
+        return ij.implicit_fixed_point(
+            fold(a), jnp.sqrt(jax.lax.stop_gradient(a)), on_failure="nan"
+        ).value
+
+    lanes = jnp.array([0.25, 0.0, 1.0])
+    np.testing.assert_allclose(jax.vmap(jax.grad(solve))(lanes), [1.0, np.nan, 0.5], rtol=1e-8)
+    np.testing.assert_allclose(
+        jax.vmap(lambda a: jax.jvp(solve, (a,), (1.0,))[1])(lanes), [1.0, np.nan, 0.5], rtol=1e-8
+    )
+
+
+def test_an_adjoint_solve_that_ran_out_of_steps_is_an_error():
+    W = jnp.asarray(np.random.default_rng(0).normal(size=(40, 40))) / 8
+    adjoint = ij.ImplicitAdjoint(linear_solver=ij.GMRES(restart=2, max_steps=2))
+
+    def solve(b, policy):
+        return ij.implicit_fixed_point(
+            lambda z: jnp.tanh(W @ z + b), jnp.zeros(40), adjoint=adjoint, on_failure=policy
+        ).value.sum()
+
+    with pytest.raises(Exception, match="relative residual"):
+        jax.block_until_ready(jax.grad(solve)(jnp.ones(40), "raise"))
+    assert jnp.isnan(jax.grad(solve)(jnp.ones(40), "nan")).all()
+    assert jnp.isfinite(jax.grad(solve)(jnp.ones(40), "return")).all()

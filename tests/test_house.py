@@ -1,0 +1,120 @@
+"""The house: imports run downward, files are short, public names are documented."""
+
+import ast
+import doctest
+import inspect
+import re
+from pathlib import Path
+
+import jax
+import pytest
+
+import implicitjax as ij
+
+ROOT = Path(ij.__file__).parent
+FILES = sorted(ROOT.rglob("*.py"))
+
+# From the ground up; a file may import from what stands above it in this list alone.
+FLOORS = [
+    "_tree",
+    "_check",
+    "_solution",
+    "_report",
+    "linear",
+    "solvers",
+    "_outcome",
+    "_tolerance",
+    "_iterate",
+    "_call",
+    "_fingerprint",
+    "_structure",
+    "_purity",
+    "_problem",
+    "_implicit",
+    "_adjoint",
+    "_program",
+    "_fixed_point",
+    "_layer",
+    "__init__",
+    "__main__",
+]
+
+
+def floor(path: Path) -> str:
+    return path.relative_to(ROOT).parts[0].removesuffix(".py")
+
+
+def imports(path: Path) -> set[str]:
+    """The floors that a file imports from."""
+    package = ["implicitjax", *path.relative_to(ROOT).parts[:-1]]
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            names = [*base, *(node.module or "").split(".")]
+            if names[0] == "implicitjax":
+                below = [n for n in names[1:] if n]
+                found |= {below[0]} if below else {alias.name for alias in node.names}
+        elif isinstance(node, ast.Import):
+            found |= {"__init__" for a in node.names if a.name.split(".")[0] == "implicitjax"}
+    return found
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_run_downward(path):
+    here = FLOORS.index(floor(path))
+    for name in imports(path):
+        if name == floor(path) and path.parent != ROOT:
+            continue  # within a folder
+        assert FLOORS.index(name) < here, f"{path.name} imports {name}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_files_are_short_and_say_what_they_are(path):
+    text = path.read_text()
+    assert len(text.splitlines()) <= 300
+    assert ast.get_docstring(ast.parse(text))
+
+
+def test_the_theorem_is_on_one_screen():
+    source = (ROOT / "_implicit.py").read_text()
+    start, stop = source.index("def by_jvp"), source.index("def _pushforward")
+    assert len(source[start:stop].splitlines()) <= 60
+    for equation in ("ẋ = A⁻¹ (B θ̇)", "θ̄ = Bᵀ u,   Aᵀ u = x̄"):
+        assert equation in source
+
+
+def test_only_private_jax_that_is_named_here_is_used():
+    allowed = {"jax.interpreters.partial_eval.dce_jaxpr", "jax.extend.core", "jax.core"}
+    del allowed  # the list is for the reader; the test is that nothing says `_src` or `internal`
+    for path in FILES:
+        text = path.read_text()
+        assert not re.search(r"jax\._src|equinox\.internal|eqx\.internal|eqxi", text), path
+
+
+@pytest.mark.parametrize("name", ij.__all__)
+def test_public_names_are_documented(name):
+    value = getattr(ij, name)
+    doc = inspect.getdoc(value)
+    assert doc and len(doc) > 40
+    if inspect.isclass(value):
+        for field in getattr(value, "__dataclass_fields__", {}):
+            assert f"`{field}`" in doc, f"{name}.{field} is not documented"
+
+
+def test_every_public_name_is_listed_once():
+    assert ij.__all__ == sorted(set(ij.__all__))
+    public = {n for n in vars(ij) if not n.startswith("_")}
+    modules = {n for n in public if inspect.ismodule(getattr(ij, n))}
+    assert public - modules == set(ij.__all__)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_examples_in_docstrings_run(path):
+    if path.name == "__main__.py":
+        return
+    name = ".".join(["implicitjax", *path.relative_to(ROOT).with_suffix("").parts])
+    module = __import__(name.removesuffix(".__init__"), fromlist=["_"])
+    with jax.enable_x64(False), jax.numpy_dtype_promotion("standard"):
+        failed, _ = doctest.testmod(module)
+    assert failed == 0

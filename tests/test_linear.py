@@ -1,0 +1,111 @@
+"""Linear solvers: the solution, and a residual that is measured."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import implicitjax as ij
+
+SOLVERS = [ij.AutoLinearSolver(), ij.DenseLU(), ij.GMRES(), ij.BiCGStab(), ij.Neumann()]
+
+
+def system(n=12, seed=0, dtype=np.float64):
+    rng = np.random.default_rng(seed)
+    J = rng.normal(size=(n, n))
+    A = np.eye(n) - 0.6 * J / np.linalg.norm(J, 2)
+    return jnp.asarray(A, dtype), jnp.asarray(rng.normal(size=n), dtype)
+
+
+def on_two_leaves(A, n):
+    """The operator on a vector of two leaves of different shapes."""
+
+    def operator(v):
+        flat = jnp.concatenate([v[0], v[1].reshape(-1)])
+        out = A @ flat
+        return [out[:2], out[2:].reshape(2, -1)]
+
+    return operator
+
+
+@pytest.mark.parametrize("solver", SOLVERS, ids=repr)
+@pytest.mark.parametrize("dtype", [np.float64, np.float32])
+def test_the_solution_and_its_residual(solver, dtype):
+    A, b = system(dtype=dtype)
+    out = jax.jit(lambda A, b: solver.solve(on_two_leaves(A, 12), [b[:2], b[2:].reshape(2, -1)]))(
+        A, b
+    )
+    u = np.concatenate([np.ravel(leaf) for leaf in out.value])
+    expected = np.linalg.solve(np.asarray(A, np.float64), np.asarray(b, np.float64))
+    eps = np.finfo(dtype).eps
+    np.testing.assert_allclose(u, expected, rtol=30 * eps ** (2 / 3))
+    assert out.trusted and out.residual <= out.tolerance
+    true_residual = np.linalg.norm(b - A @ u) / np.linalg.norm(b)
+    np.testing.assert_allclose(out.residual, true_residual, atol=20 * eps)
+    assert all(leaf.dtype == dtype for leaf in out.value)
+
+
+@pytest.mark.parametrize("solver", SOLVERS, ids=repr)
+def test_a_singular_and_inconsistent_system_is_not_trusted(solver):
+    A = jnp.array([[1.0, -1.0], [-1.0, 1.0]])
+    out = solver.solve(lambda v: [A @ v[0]], [jnp.array([1.0, 0.0])])
+    assert not out.trusted
+
+
+@pytest.mark.parametrize("solver", [ij.DenseLU(), ij.GMRES()], ids=repr)
+def test_a_singular_but_consistent_system_is_solved(solver):
+    A = jnp.array([[1.0, -1.0], [-1.0, 1.0]])
+    b = jnp.array([1.0, -1.0])
+    out = solver.solve(lambda v: [A @ v[0]], [b])
+    assert out.trusted
+    np.testing.assert_allclose(A @ out.value[0], b, atol=1e-9)
+    assert jnp.abs(out.value[0]).max() < 10
+
+
+@pytest.mark.parametrize("solver", [ij.DenseLU(), ij.GMRES()], ids=repr)
+def test_a_nearly_singular_system_is_not_trusted_blindly(solver):
+    """At a condition of 1e13 two digits of a general solution are left at the most."""
+    A = jnp.array([[1.0, 1.0], [1.0, 1.0 + 1e-13]])
+    out = solver.solve(lambda v: [A @ v[0]], [jnp.array([1.0, -1.0])])
+    assert not out.trusted
+    assert out.condition > 1e10
+
+
+def test_the_condition_number_is_estimated():
+    rng = np.random.default_rng(0)
+    Q, _ = np.linalg.qr(rng.normal(size=(20, 20)))
+    A = jnp.asarray(Q @ np.diag(np.logspace(0, -6, 20)) @ Q.T)
+    b = jnp.asarray(rng.normal(size=20))
+    dense = ij.DenseLU().solve(lambda v: [A @ v[0]], [b])
+    assert dense.trusted and 1e3 < dense.condition < 1e8
+    krylov = ij.GMRES().solve(lambda v: [A @ v[0]], [b])
+    assert 1e3 < krylov.condition < 1e8
+
+
+def test_the_automatic_choice_is_by_size():
+    def jaxpr(n):
+        return str(
+            jax.make_jaxpr(lambda b: ij.AutoLinearSolver().solve(lambda v: [0.5 * v[0]], [b]))(
+                jnp.ones(n)
+            )
+        )
+
+    assert "lu" in jaxpr(512) and "lu" not in jaxpr(513)
+    assert "while" in jaxpr(513)
+
+
+def test_bad_scales_do_no_harm():
+    """A derivative of 1e-30 in float32 squares to zero, and one of 1e30 to infinity."""
+    for scale in (1e-30, 1e30):
+        for solver in (ij.DenseLU(), ij.GMRES(), ij.BiCGStab(), ij.Neumann()):
+            adjoint = ij.ImplicitAdjoint(linear_solver=solver)
+
+            def solve(b, adjoint=adjoint):
+                return ij.implicit_fixed_point(
+                    lambda x: 0.5 * x + b, jnp.zeros(2, jnp.float32), adjoint=adjoint
+                )
+
+            gradient = jax.grad(lambda b: jnp.float32(scale) * solve(b).value.sum())(
+                jnp.ones(2, jnp.float32)
+            )
+            np.testing.assert_allclose(gradient, 2 * scale, rtol=1e-4)
