@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 from jax.scipy.sparse.linalg import gmres
 
@@ -76,7 +77,7 @@ def by_hand(f: Map, x0: Array, tolerance: Array, adjoint: Callable) -> Callable[
             return fx, f(fx, theta), count + 1
 
         x, _, count = lax.while_loop(unfinished, step, (x0, f(x0, theta), 1))
-        return x, count
+        return x, jnp.asarray(count)
 
     def forward(theta: Any) -> tuple:
         x, count = solve(theta)
@@ -116,54 +117,62 @@ def neumann_adjoint(A: Callable, b: Array) -> Array:
     return lax.while_loop(lambda carry: jnp.sum(carry[1] ** 2) > threshold, step, (b, b - A(b)))[0]
 
 
-# The four ways to solve a case.
+# The ways to solve a case, each a function from `theta` to `x`.
+
+Solve = Callable[[Any], Array]
 
 
-def ours(case: Case, **keywords: Any) -> Callable[[Any], Array]:
+def ours(case: Case, **keywords: Any) -> Solve:
+    """By implicitjax."""
     return lambda theta: ij.implicit_fixed_point(case.f, case.x0, theta, **keywords).value
 
 
-def hand(case: Case, tolerance: Array, adjoint: Callable) -> Callable[[Any], Array]:
+def hand(case: Case, tolerance: Array, adjoint: Callable) -> Solve:
+    """By hand."""
     return lambda theta: by_hand(case.f, case.x0, tolerance, adjoint)(theta)[0]
 
 
-def optimistix(optx: Any, case: Case, tolerance: Array, **keywords: Any) -> Callable[[Any], Array]:
-    """Picard's iteration until the root mean square of the step is within the tolerance."""
+def optimistix(optx: Any, case: Case, tolerance: Array, **keywords: Any) -> Solve:
+    """By optimistix: Picard's iteration until the step is within the tolerance."""
     solver = optx.FixedPointIteration(rtol=0.0, atol=tolerance, norm=optx.rms_norm)
-    return lambda theta: optx.fixed_point(
-        case.f, solver, case.x0, args=theta, max_steps=1000, **keywords
-    ).value
+    keywords = {"max_steps": 1000, **keywords}
+    return lambda theta: optx.fixed_point(case.f, solver, case.x0, theta, **keywords).value
 
 
-def jaxopt_solve(jaxopt: Any, case: Case, tolerance: Array) -> Callable[[Any], Array]:
-    """The same by jaxopt, which measures the step in the Euclidean norm."""
+def jaxopt_solve(jaxopt: Any, case: Case, tolerance: Array) -> Solve:
+    """By jaxopt: the same, but it measures the step in the Euclidean norm."""
     tol = float(tolerance) * case.x0.size**0.5
     solver = jaxopt.FixedPointIteration(fixed_point_fun=case.f, tol=tol, maxiter=1000)
     return lambda theta: solver.run(case.x0, theta).params
 
 
-def gradient(solve: Callable[[Any], Array]) -> Callable[[Any], Any]:
+def gradient(solve: Solve) -> Callable[[Any], Any]:
     """The gradient of `|x|^2 / 2` in the parameters."""
     return jax.grad(lambda theta: 0.5 * jnp.sum(solve(theta) ** 2))
 
 
+# The tables.
+
+
 def run(report: Report) -> None:
-    """Time, compile time and memory."""
+    """Time, accuracy, memory and compile time."""
     report.topic("compiled", "compiled value and gradient beside a solve by hand, float32")
     optx, jaxopt = optional("optimistix", report), optional("jaxopt", report)
-    report.note("unit: Picard by lax.while_loop with the same evaluations, and a custom_vjp with")
-    report.note(f"the same adjoint (dense up to {DENSE_LIMIT} unknowns, GMRES above)")
-    value = report.table(
-        "value, in units",
-        ("f: by hand", "f: Picard", "f: Anderson", "Picard", "Anderson", "optimistix", "jaxopt"),
-        label=26,
-    )
-    todo = []
+    report.note("by hand: Picard by lax.while_loop with the evaluations of ours, and a custom_vjp")
+    report.note(f"with the adjoint of ours: dense up to {DENSE_LIMIT} unknowns, GMRES above")
+    others = [name for name, library in (("optimistix", optx), ("jaxopt", jaxopt)) if library]
+    names = ["Picard", "Anderson", *others]
+
+    columns = ("f by hand", "f Picard", "f Anderson", *names)
+    table = report.table("time of the value, in that by hand", columns, label=28)
+    all_solves = []
     for case in cases():
-        solved = ij.implicit_fixed_point(case.f, case.x0, case.theta, solver=ij.Picard())
-        tolerance = 1.0001 * solved.stats.residual_norm
+        picard = ij.implicit_fixed_point(case.f, case.x0, case.theta, solver=ij.Picard())
+        anderson = ij.implicit_fixed_point(case.f, case.x0, case.theta)
+        tolerance = 1.0001 * picard.stats.residual_norm
+        adjoint = dense_adjoint if case.x0.size <= DENSE_LIMIT else gmres_adjoint
         solves = {
-            "unit": hand(case, tolerance, _adjoint(case)),
+            "hand": hand(case, tolerance, adjoint),
             "Picard": ours(case, solver=ij.Picard()),
             "Anderson": ours(case),
         }
@@ -171,87 +180,90 @@ def run(report: Report) -> None:
             solves["optimistix"] = optimistix(optx, case, tolerance)
         if jaxopt:
             solves["jaxopt"] = jaxopt_solve(jaxopt, case, tolerance)
-        anderson = ij.implicit_fixed_point(case.f, case.x0, case.theta)
-        counts = (
-            by_hand(case.f, case.x0, tolerance, _adjoint(case))(case.theta)[1],
-            solved.stats.num_evaluations,
-            anderson.stats.num_evaluations,
-        )
-        _times(value, case, solves, map(int, counts))
-        todo.append((case, tolerance, solves))
+        all_solves.append((case, tolerance, solves))
+        _, by_hand_count = by_hand(case.f, case.x0, tolerance, adjoint)(case.theta)
+        counts = (by_hand_count, picard.stats.num_evaluations, anderson.stats.num_evaluations)
+        times = _times(case, {name: jax.jit(solve) for name, solve in solves.items()})
+        table.row(case.name, *map(int, counts), *(times[n] for n in names))
     report.note("f: evaluations of f; optimistix and jaxopt take Picard steps to the same residual")
 
-    table = report.table(
-        "gradient, in units", ("Picard", "Anderson", "optimistix", "jaxopt"), label=26
-    )
-    for case, _, solves in todo:
-        # optimistix factorises a dense I - J of any size: once is enough to see it
-        gradients = {name: gradient(solve) for name, solve in solves.items()}
-        _times(table, case, gradients, ())
-    case, tolerance, solves = todo[-1]
+    table = report.table("time of the gradient, in that by hand", names, label=28)
+    errors, memory = [], []
+    for case, _, solves in all_solves:
+        _gradients(table, case, solves, names, errors, memory)
+    case, tolerance, solves = all_solves[-1]
     neumann = ij.ImplicitAdjoint(linear_solver=ij.Neumann())
-    gradients = {
-        "unit": gradient(hand(case, tolerance, neumann_adjoint)),
-        "Picard": gradient(ours(case, solver=ij.Picard(), adjoint=neumann)),
-        "Anderson": gradient(ours(case, adjoint=neumann)),
+    matrix_free = {
+        "hand": hand(case, tolerance, neumann_adjoint),
+        "Picard": ours(case, solver=ij.Picard(), adjoint=neumann),
+        "Anderson": ours(case, adjoint=neumann),
     }
     if optx:
         import lineax
 
         krylov = optx.ImplicitAdjoint(linear_solver=lineax.GMRES(rtol=RTOL, atol=RTOL, restart=30))
-        gradients["optimistix"] = gradient(optimistix(optx, case, tolerance, adjoint=krylov))
-    named = dataclasses.replace(case, name="  the same, Neumann adjoint")
-    _times(table, named, gradients, ())
-    report.note("last row: optimistix told to use lineax.GMRES, the others the Neumann series")
+        matrix_free["optimistix"] = optimistix(optx, case, tolerance, adjoint=krylov)
+    named = dataclasses.replace(case, name="  another adjoint")
+    _gradients(table, named, matrix_free, names, errors, memory)
+    report.note("another adjoint: the Neumann series; optimistix, which has none, by lineax.GMRES")
 
-    _compile(report, optx, todo)
-    _memory(report, todo)
-
-
-def _adjoint(case: Case) -> Callable:
-    return dense_adjoint if case.x0.size <= DENSE_LIMIT else gmres_adjoint
-
-
-def _times(table: Table, case: Case, programs: dict[str, Callable], counts: Any) -> None:
-    """One row of times in those of the program called `unit`."""
-    calls: dict[str, Call] = {
-        name: functools.partial(jax.jit(program), case.theta) for name, program in programs.items()
-    }
-    times = shortest(calls)
-    names = ("Picard", "Anderson", "optimistix", "jaxopt")
-    ratios = (times[n] / times["unit"] if n in times else None for n in names)
-    table.row(case.name, *counts, *ratios)
+    columns = ("by hand", *names)
+    table = report.table("relative error of the gradient, against float64", columns, label=28)
+    for name, *row in errors:
+        table.row(name, *(None if e is None else f"{e:.0e}" for e in row))
+    title = "working memory of the gradient, as compiled, in sizes of the unknown"
+    table = report.table(title, columns, label=28)
+    for row in memory:
+        table.row(*row)
+    _compile_times(report, all_solves, others)
 
 
-def _compile(report: Report, optx: Any, todo: list) -> None:
-    """What the first call costs."""
-    table = report.table(
-        "trace and compile, in units of the solve by hand",
-        ("Picard", "Anderson", "optimistix", "ours/optx"),
-    )
-    for case, _, solves in (todo[0], todo[-1]):
-        names = [n for n in ("unit", "Picard", "Anderson", "optimistix") if n in solves]
-        for what, transform in (("value", lambda s: s), ("gradient", gradient)):
-            times = {n: compile_time(lambda n=n: transform(solves[n]), case.theta) for n in names}
-            ratios = (times[n] / times["unit"] if n in times else None for n in names[1:])
-            against = times["Anderson"] / times["optimistix"] if optx else None
-            filler = () if optx else (None,)
-            table.row(f"{case.name}: {what}", *ratios, *filler, against)
+def _times(case: Case, programs: dict[str, Callable]) -> dict[str, float]:
+    """The time of each in that of the one by hand."""
+    calls: dict[str, Call] = {n: functools.partial(p, case.theta) for n, p in programs.items()}
+    times = shortest(calls, seconds=1.5)
+    return {name: t / times["hand"] for name, t in times.items()}
 
 
-def _memory(report: Report, todo: list) -> None:
-    """Peak working memory of a compiled gradient, as the compiler plans it."""
-    table = report.table(
-        "working memory of the gradient, in units of the unknown",
-        ("by hand", "Picard", "Anderson", "optimistix", "jaxopt", "optx/ours"),
-        label=26,
-    )
-    for case, _, solves in todo:
-        bytes_ = {}
-        for name, solve in solves.items():
-            analysis = jax.jit(gradient(solve)).lower(case.theta).compile().memory_analysis()
-            bytes_[name] = None if analysis is None else analysis.temp_size_in_bytes
-        names = ("unit", "Picard", "Anderson", "optimistix", "jaxopt")
-        cells = [bytes_[n] / case.x0.nbytes if bytes_.get(n) else None for n in names]
-        against = cells[3] / cells[2] if cells[3] and cells[2] else None
-        table.row(case.name, *cells, against)
+def _gradients(
+    table: Table, case: Case, solves: dict[str, Solve], names: list[str], errors: list, memory: list
+) -> None:
+    """One row of times, and a row each for the tables of errors and of memory."""
+    programs = {name: jax.jit(gradient(solve)) for name, solve in solves.items()}
+    plans = {n: p.lower(case.theta).compile().memory_analysis() for n, p in programs.items()}
+    times = _times(case, programs)
+    table.row(case.name, *(times.get(n) for n in names))
+    exact = _exact_gradient(case)
+    found = {n: _distance(p(case.theta), exact) for n, p in programs.items()}
+    errors.append((case.name, *(found.get(n) for n in ("hand", *names))))
+    sizes = {n: p.temp_size_in_bytes / case.x0.nbytes for n, p in plans.items() if p is not None}
+    memory.append((case.name, *(sizes.get(n) for n in ("hand", *names))))
+
+
+def _exact_gradient(case: Case) -> list[np.ndarray]:
+    """By hand in float64, to all digits."""
+    with jax.enable_x64(True):
+        wide = lambda tree: jax.tree.map(lambda a: jnp.asarray(np.asarray(a, np.float64)), tree)
+        adjoint = lambda A, b: gmres(A, b, tol=1e-13, restart=50, maxiter=20)[0]
+        solve = by_hand(case.f, wide(case.x0), jnp.asarray(1e-14), adjoint)
+        out = jax.jit(gradient(lambda theta: solve(theta)[0]))(wide(case.theta))
+        return [np.asarray(leaf) for leaf in jax.tree.leaves(out)]
+
+
+def _distance(a: Any, b: list[np.ndarray]) -> float:
+    """The distance of two pytrees, relative to the size of the second."""
+    leaves = zip(jax.tree.leaves(a), b, strict=True)
+    squared = sum(float(np.sum((np.asarray(x, np.float64) - y) ** 2)) for x, y in leaves)
+    return (squared / sum(float(np.sum(y**2)) for y in b)) ** 0.5
+
+
+def _compile_times(report: Report, all_solves: list, others: list[str]) -> None:
+    """What a first call costs."""
+    names = ["Picard", "Anderson", *(n for n in others if n == "optimistix")]
+    title = "time to trace and compile, in that of the solve by hand"
+    table = report.table(title, names)
+    for case, _, solves in (all_solves[0], all_solves[-1]):
+        for what, transform in (("value", lambda solve: solve), ("gradient", gradient)):
+            programs = {name: transform(solves[name]) for name in ("hand", *names)}
+            times = {name: compile_time(p, case.theta) for name, p in programs.items()}
+            table.row(f"{case.name}: {what}", *(times[n] / times["hand"] for n in names))

@@ -1,13 +1,15 @@
 """Evaluations of `f` until the true error is small, and whether the stop test knows it.
 
-Two tables. The first stops every method by an oracle, at the first iterate whose true error
-is within 1e-8: the methods alone are compared. The second lets each library stop by itself
-when asked for 1e-8, and divides the true error that it leaves by what was asked for.
+The first table stops every method by an oracle, at the first iterate whose true error is
+within 1e-8, so that the methods alone are compared. The others let each library stop by
+itself when asked for 1e-8: the true error that it leaves, in units of what was asked for,
+the evaluations that it took, and how good our estimates of the error are.
 """
 
+import functools
 import math
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -25,16 +27,17 @@ LIMIT = 1000
 SLOW = 25_000  # for Picard's iteration, which may be that slow and still converge
 OURS = {"Picard": ij.Picard(), "Anderson": ij.Anderson(), "Newton": ij.Newton()}
 
+T = TypeVar("T")
 # An iterate and the evaluations of `f` that were made before it was in hand.
 Trajectory = Iterator[tuple[Any, int]]
 
 
-def textbook_anderson(f: Map, x: Vector) -> Trajectory:
+def textbook_anderson(f: Map, x0: Vector) -> Trajectory:
     """Anderson (1965) as Walker and Ni (2011, section 4) have it, in numpy: the last differences,
     least squares by QR with scaled columns, the oldest dropped until the condition is 1e10."""
-    xs, rs, evaluations = [], [], 0
+    x, xs, rs, evaluations = x0, [], [], 0
     while True:
-        r = np.asarray(f(x)) - x
+        r = np.asarray(f(jnp.asarray(x))) - x
         evaluations += 1
         xs, rs = [*xs, x][-MEMORY - 1 :], [*rs, r][-MEMORY - 1 :]
         step = r
@@ -96,17 +99,13 @@ def evaluations_to(problem: Problem, trajectory: Trajectory, limit: int) -> int 
 
 
 def run(report: Report) -> None:
-    """Both tables, in float64."""
-    before = jax.config.read("jax_enable_x64")
-    jax.config.update("jax_enable_x64", True)
-    try:
-        report.topic("solvers", f"evaluations of f, float64, {TARGET:.0e}")
+    """All tables, in float64."""
+    with jax.enable_x64(True):
+        report.topic("solvers", f"evaluations of f and true errors, float64, {TARGET:.0e}")
         jaxopt, optx = optional("jaxopt", report), optional("optimistix", report)
         problems = all_problems()
         _methods(report, problems, jaxopt)
         _stop_tests(report, problems, jaxopt, optx)
-    finally:
-        jax.config.update("jax_enable_x64", before)
 
 
 def _methods(report: Report, problems: list[Problem], jaxopt: Any) -> None:
@@ -125,15 +124,17 @@ def _methods(report: Report, problems: list[Problem], jaxopt: Any) -> None:
             counts[name].append(evaluations_to(problem, trajectory, limit))
         table.row(problem.name, *(c[-1] for c in counts.values()))
     table.row("solved", *(f"{len(_known(c))} of {len(c)}" for c in counts.values()))
-    ratios = (_geometric_mean(c, counts["Anderson"]) for c in counts.values())
-    table.row("geometric mean, in Anderson's", *ratios)
-    report.note(f"-: not in {LIMIT} evaluations ({SLOW:,} for Picard); the mean is over what both solve")
+    means = {n: _geometric_mean(c, counts["Anderson"]) for n, c in counts.items() if n != "Newton"}
+    table.row("geometric mean, in Anderson's", *(means.get(name) for name in methods))
+    report.note(
+        f"-: not in {LIMIT} evaluations ({SLOW:,} for Picard); the mean is over what both solve"
+    )
     report.note("Newton: products with the Jacobian, one an unknown and step, are not counted")
     report.note(f"textbook: Anderson in numpy by QR; jaxopt: AndersonAcceleration; memory {MEMORY}")
 
 
-def _known(counts: list[int | None]) -> list[int]:
-    return [c for c in counts if c is not None]
+def _known(cells: Iterable[T | None]) -> list[T]:
+    return [c for c in cells if c is not None]
 
 
 def _geometric_mean(counts: list[int | None], unit: list[int | None]) -> float | None:
@@ -142,82 +143,85 @@ def _geometric_mean(counts: list[int | None], unit: list[int | None]) -> float |
 
 
 def _stop_tests(report: Report, problems: list[Problem], jaxopt: Any, optx: Any) -> None:
-    """What each library makes of `rtol = atol = 1e-8`: evaluations, and true error in units of
-    `1e-8 (1 + |x|)` by the root mean square; of ours, estimate over true error too."""
-    names = list(OURS)
-    others: dict[str, Callable[[Problem], tuple[Any, Any]]] = {}
+    """What each library makes of `rtol = atol = 1e-8`."""
+    solves: dict[str, Callable[[Problem], tuple[Any, int]]] = {}
     if jaxopt:
-        others["jaxopt"] = lambda p: _jaxopt(jaxopt.FixedPointIteration, p)
-        others["jaxopt Anderson"] = lambda p: _jaxopt(
-            jaxopt.AndersonAcceleration, p, history_size=MEMORY
-        )
+        solves["jaxopt"] = lambda p: _jaxopt(jaxopt.FixedPointIteration, p)
+        anderson = functools.partial(jaxopt.AndersonAcceleration, history_size=MEMORY)
+        solves["jaxopt AA"] = lambda p: _jaxopt(anderson, p)
     if optx:
-        others["optimistix"] = lambda p: _optimistix(optx, optx.FixedPointIteration, p)
-        others["optimistix Newton"] = lambda p: _optimistix(optx, optx.Newton, p)
-    title = "left to stop by themselves: true error over what was asked for, and (evaluations)"
-    table = report.table(title, [*names, *others], label=26)
-    honesty: dict[str, list[float]] = {name: [] for name in names}
-    excess: dict[str, list[float]] = {name: [] for name in [*names, *others]}
-    rows = []
+        solves["optx"] = lambda p: _optimistix(optx, optx.FixedPointIteration, p)
+        solves["optx Newton"] = lambda p: _optimistix(optx, optx.Newton, p)
+
+    columns = [*OURS, *solves]
+    excess: list[list[float | None]] = []
+    evaluations: list[list[int | None]] = []
+    honesty: list[list[float | None]] = []
     for problem in problems:
-        cells, estimates = [], []
-        for name in names:
-            s = ij.implicit_fixed_point(
-                problem.f, problem.x0, solver=OURS[name], rtol=TARGET, atol=TARGET,
-                max_steps=SLOW, on_failure="return",
-            )  # fmt: skip
-            converged = bool(s.converged)
-            cells.append(_verdict(problem, s.value, s.stats.num_evaluations, converged, excess[name]))
-            estimates.append(_honesty(problem, s) if converged else None)
-            honesty[name] += [estimates[-1]] if estimates[-1] is not None else []
-        for name, solve in others.items():
-            value, evaluations = solve(problem)
-            converged = value is not None
-            cells.append(_verdict(problem, value, evaluations, converged, excess[name]))
-        table.row(problem.name, *cells)
-        rows.append((problem.name, estimates))
-    worst = (f"{max(e):.2g}" if e else "-" for e in excess.values())
-    table.row("largest", *worst)
-    report.note("-: it says itself that it failed. Anything above 1 is an error that passed for converged")
-    report.note("the evaluations of the Newtons leave out products with the Jacobian")
+        found = {name: _ours(solver, problem) for name, solver in OURS.items()}
+        honesty.append([_honesty(problem, s) for s in found.values()])
+        answers = [
+            (s.value if bool(s.converged) else None, int(s.stats.num_evaluations))
+            for s in found.values()
+        ] + [solve(problem) for solve in solves.values()]
+        excess.append([None if x is None else _excess(problem, x) for x, _ in answers])
+        evaluations.append([None if x is None else count for x, count in answers])
 
-    table = report.table("error_estimate over true error", names)
-    for name, estimates in rows:
-        table.row(name, *estimates)
+    table = report.table("true error over what was asked for, where it says converged", columns, 28)
+    for problem, row in zip(problems, excess, strict=True):
+        table.row(problem.name, *row)
+    table.row("largest", *(max(_known(column)) for column in zip(*excess, strict=True)))
+    report.note(
+        "asked for: 1e-8 (1 + |x|), root mean square. Above 1 an error passed for converged"
+    )
+    report.note("-: it says itself that it failed. optx, jaxopt: FixedPointIteration; AA: Anderson")
+
+    table = report.table("evaluations of f, as counted by the libraries", columns, 28)
+    for problem, row in zip(problems, evaluations, strict=True):
+        table.row(problem.name, *row)
+
+    table = report.table("error_estimate over true error; 1 is exact", list(OURS), 28)
+    for problem, row in zip(problems, honesty, strict=True):
+        table.row(problem.name, *row)
+    by_solver = [_known(column) for column in zip(*honesty, strict=True)]
     for what, of in (("smallest", min), ("median", np.median), ("largest", max)):
-        table.row(what, *(float(of(h)) if h else None for h in honesty.values()))
-    report.note("true errors count as round-off at least, 1e-15 of the solution; 1 is exact")
+        table.row(what, *(float(of(column)) for column in by_solver))
+    report.note("a true error counts as 1e-15 of the solution at least")
 
 
-def _verdict(
-    problem: Problem, value: Any, evaluations: Any, converged: bool, excess: list[float]
-) -> str:
-    if not converged:
-        return "-"
-    error = np.abs(np.asarray(value) - problem.x_star)
-    ratio = float(np.sqrt(np.mean((error / (TARGET * (1 + np.abs(problem.x_star)))) ** 2)))
-    excess.append(ratio)
-    return f"{ratio:.2g} ({int(evaluations)})"
+def _ours(solver: ij.AbstractSolver, problem: Problem) -> ij.Solution:
+    return ij.implicit_fixed_point(
+        problem.f, problem.x0, solver=solver, rtol=TARGET, atol=TARGET, max_steps=SLOW,
+        on_failure="return",
+    )  # fmt: skip
 
 
-def _honesty(problem: Problem, solution: ij.Solution) -> float:
+def _excess(problem: Problem, x: Any) -> float:
+    """The true error in units of what was asked for."""
+    error = np.abs(np.asarray(x) - problem.x_star) / (TARGET * (1 + np.abs(problem.x_star)))
+    return float(np.sqrt(np.mean(error**2)))
+
+
+def _honesty(problem: Problem, solution: ij.Solution) -> float | None:
+    if not bool(solution.converged):
+        return None
     error = np.sqrt(np.mean((np.asarray(solution.value) - problem.x_star) ** 2))
     size = np.sqrt(np.mean(problem.x_star**2))
     return float(solution.stats.error_estimate) / max(float(error), 1e-15 * float(size))
 
 
-def _jaxopt(method: Any, problem: Problem, **keywords: Any) -> tuple[Array | None, Any]:
+def _jaxopt(method: Callable, problem: Problem) -> tuple[Array | None, int]:
     """Its tolerance is one number, for the Euclidean norm of the residual."""
     tol = TARGET * float(np.linalg.norm(1 + np.abs(problem.x_star)))
-    solver = method(fixed_point_fun=problem.f, tol=tol, maxiter=SLOW, **keywords)
+    solver = method(fixed_point_fun=problem.f, tol=tol, maxiter=SLOW)
     value, state = solver.run(jnp.asarray(problem.x0))
-    return (value if state.error <= tol else None), state.num_fun_eval
+    return (value if state.error <= tol else None), int(state.num_fun_eval)
 
 
-def _optimistix(optx: Any, method: Any, problem: Problem) -> tuple[Array | None, Any]:
+def _optimistix(optx: Any, method: Callable, problem: Problem) -> tuple[Array | None, int]:
     solver = method(rtol=TARGET, atol=TARGET, norm=optx.rms_norm)
     f = lambda x, _: problem.f(x)
     x0 = jnp.asarray(problem.x0)
     solution = optx.fixed_point(f, solver, x0, max_steps=SLOW, throw=False)
     done = solution.result == optx.RESULTS.successful
-    return (solution.value if bool(done) else None), solution.stats["num_steps"]
+    return (solution.value if bool(done) else None), int(solution.stats["num_steps"])

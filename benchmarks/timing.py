@@ -46,12 +46,12 @@ def turn(call: Call, repeats: int = 1) -> float:
     return (time.perf_counter() - start) / repeats
 
 
-def compile_time(make: Callable[[], Callable], *args: Any, repeats: int = 3) -> float:
-    """Seconds of tracing and compiling what `make` returns, nothing of it known before."""
+def compile_time(program: Callable, *args: Any, repeats: int = 3) -> float:
+    """Seconds of tracing and compiling, when nothing of it is known from before."""
     best = float("inf")
     for _ in range(repeats):
         jax.clear_caches()
         start = time.perf_counter()
-        jax.jit(make()).lower(*args).compile()
+        jax.jit(program).lower(*args).compile()
         best = min(best, time.perf_counter() - start)
     return best

@@ -90,22 +90,20 @@ def test_the_automatic_choice_is_by_size():
             )
         )
 
-    assert "lu" in jaxpr(512) and "lu" not in jaxpr(513)
-    assert "while" in jaxpr(513)
+    assert "f64[512,512]" in jaxpr(512)
+    assert "f64[513,513]" not in jaxpr(513)
 
 
-def test_bad_scales_do_no_harm():
+@pytest.mark.parametrize("scale", [1e-30, 1e30])
+@pytest.mark.parametrize("solver", SOLVERS[1:], ids=repr)
+def test_bad_scales_do_no_harm(scale, solver):
     """A derivative of 1e-30 in float32 squares to zero, and one of 1e30 to infinity."""
-    for scale in (1e-30, 1e30):
-        for solver in (ij.DenseLU(), ij.GMRES(), ij.BiCGStab(), ij.Neumann()):
-            adjoint = ij.ImplicitAdjoint(linear_solver=solver)
+    adjoint = ij.ImplicitAdjoint(linear_solver=solver)
 
-            def solve(b, adjoint=adjoint):
-                return ij.implicit_fixed_point(
-                    lambda x: 0.5 * x + b, jnp.zeros(2, jnp.float32), adjoint=adjoint
-                )
+    def loss(b):
+        guess = jnp.zeros(2, jnp.float32)
+        solution = ij.implicit_fixed_point(lambda x: 0.5 * x + b, guess, adjoint=adjoint)
+        return jnp.float32(scale) * solution.value.sum()
 
-            gradient = jax.grad(lambda b: jnp.float32(scale) * solve(b).value.sum())(
-                jnp.ones(2, jnp.float32)
-            )
-            np.testing.assert_allclose(gradient, 2 * scale, rtol=1e-4)
+    gradient = jax.grad(loss)(jnp.ones(2, jnp.float32))
+    np.testing.assert_allclose(gradient, 2 * scale, rtol=1e-4)

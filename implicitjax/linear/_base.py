@@ -56,18 +56,31 @@ def default_rtol(dtype: jnp.dtype) -> float:
     return float(jnp.finfo(dtype).eps) ** (2 / 3)
 
 
+def probe(like: Vector) -> Vector:
+    """A vector without a pattern and of unit mean square, to sample what an operator does."""
+    out, start = [], 1
+    for leaf in like:
+        index = jnp.arange(start, start + leaf.size, dtype=leaf.dtype).reshape(leaf.shape)
+        out.append(math.sqrt(2) * jnp.sin(index * index))
+        start += leaf.size
+    return out
+
+
 def measured(A: Operator, b: Vector, u: Vector, tolerance: float) -> LinearSolution:
     """Measures what `u` leaves of `b`, and bounds the condition number of `A` from below.
 
-    `|A| >= |A b| / |b|`, and `|A^-1| >= |u| / |b|` for `u = A^-1 b`, hence
-    `cond(A) >= |A b| |u| / |b|^2`. Beyond `eps^(-2/3)` round-off alone, amplified so, may
-    have cost two thirds of the digits, and `u` is not trusted whatever its residual.
+    `|A| >= |A s| / |s|` for any vector `s`, and `|A^-1| >= |u| / |b|` for
+    `u = A^-1 b`, hence `cond(A) >= |A s| |u| / (|s| |b|)`. Beyond `eps^(-2/3)` round-off
+    alone, amplified so, may have cost two thirds of the digits, and `u` is not trusted
+    whatever its residual.
     """
     norm_b = jnp.sqrt(inner(b, b))
     unit = jnp.where(norm_b > 0, norm_b, 1.0)
-    left, Ab = sub(b, A(u)), A(b)
+    left, s = sub(b, A(u)), probe(b)
+    As = A(s)
     residual = jnp.sqrt(inner(left, left)) / unit
-    condition = jnp.sqrt(inner(Ab, Ab)) / unit * jnp.sqrt(inner(u, u)) / unit
+    gain = jnp.sqrt(inner(As, As) / inner(s, s))
+    condition = gain * jnp.sqrt(inner(u, u)) / unit
     regular = condition <= float(jnp.finfo(unit.dtype).eps) ** (-2 / 3)
     return LinearSolution(
         value=u,

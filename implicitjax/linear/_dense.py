@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Float
 
-from ._base import AbstractLinearSolver, LinearSolution, Operator, Vector
+from ._base import AbstractLinearSolver, LinearSolution, Operator, probe, Vector
 
 
 def materialise(A: Operator, like: Vector) -> Float[Array, "n n"]:
@@ -32,15 +32,16 @@ def _unravel(flat: Float[Array, " n"], like: Vector) -> Vector:
 
 
 class DenseLU(AbstractLinearSolver):
-    """Forms `A`, factorises it with partial pivoting, and refines once.
+    """Forms `A`, factorises it with partial pivoting, refines once and measures the error.
 
-    The correction that one step of iterative refinement makes is a measurement of the
-    error of the factorisation (Higham, *Accuracy and Stability of Numerical Algorithms*,
-    2002, section 12.1): where it says that fewer than a third of the digits are left, `A`
-    counts as singular and the solution of least norm takes its place, with singular
-    values below `eps^(2/3)` of the largest left out. A system that is singular but
-    consistent, as one with a gauge freedom, is solved so; one that is not shows a
-    residual.
+    The measure is what two samples of a perturbation do, of one unit of round-off in every
+    entry of `A` and `b`: `A^-1 (s * g) eps` with random `s` and `g = |A| |u| + |b|`
+    (Skeel, 1979; Higham, *Accuracy and Stability of Numerical Algorithms*, 2002, section
+    7.2). It does not depend on the units of equations or unknowns. Where it says that fewer
+    than a third of the digits are left, `A` counts as singular and the solution of least
+    norm takes its place, with singular values below `eps^(2/3)` of the largest left out: a
+    system that is singular but consistent, as one with a gauge freedom, is solved so; one
+    that is not shows a residual.
 
     Costs `n` products, `n^2` numbers and `2/3 n^3` operations for `n` unknowns.
 
@@ -60,9 +61,12 @@ class DenseLU(AbstractLinearSolver):
         eps = float(jnp.finfo(rhs.dtype).eps)
         factors = jax.scipy.linalg.lu_factor(matrix)
         u = jax.scipy.linalg.lu_solve(factors, rhs)
-        correction = jax.scipy.linalg.lu_solve(factors, rhs - matrix @ u)
-        norm_u = jnp.linalg.norm(u)
-        digits_lost = jnp.linalg.norm(correction) / jnp.where(norm_u > 0, norm_u, 1.0)
+        g = eps * (jnp.abs(matrix) @ jnp.abs(u) + jnp.abs(rhs))
+        s = probe([rhs, rhs])
+        samples = jnp.stack([rhs - matrix @ u, s[0] * g, s[1] * g], axis=1)
+        correction, *errors = jax.scipy.linalg.lu_solve(factors, samples).T
+        norm_u, error = jnp.linalg.norm(u), jnp.linalg.norm(jnp.stack(errors))
+        digits_lost = error / jnp.where(norm_u > 0, norm_u, 1.0)
         singular = ~(digits_lost <= eps ** (1 / 3))
 
         # A loop of one round at most serves as the conditional, since under vmap it is

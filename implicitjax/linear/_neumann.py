@@ -23,15 +23,15 @@ class Neumann(AbstractLinearSolver):
     With `A = I - J` and `d = 1` it is `u = sum_k J^k b`, which is the backward pass of a
     converged unrolled iteration.
 
-    - `terms=None`: the series is summed until the residual is `rtol |b|`, in at most
+    - `terms`: with `None` the series is summed until the residual is `rtol |b|`, in at most
       `max_steps` terms, and held to that. It converges where `|1 - d lambda| < 1` for all
-      eigenvalues `lambda` of `A`.
-    - `terms=k`: exactly `k` terms and no more, an approximation that is asked for and thus
-      not a failure. `Neumann(terms=1)` is the Jacobian-free backpropagation of Fung et al.
-      (2022); `Neumann(terms=k, damping=d)` with `d < 1` the phantom gradient of Geng et al.
-      (2021).
+      eigenvalues `lambda` of `A`. With `terms=k` it is exactly `k` terms and no more, an
+      approximation that is asked for and thus not a failure. `Neumann(terms=1)` is the
+      Jacobian-free backpropagation of Fung et al. (2022); `Neumann(terms=k, damping=d)` with
+      `d < 1` the phantom gradient of Geng et al. (2021).
     - `damping`: `d`, above 0 and at most 1.
-    - `rtol`: `None` for `eps^(2/3)` of the dtype; not used with `terms=k`.
+    - `rtol`, `max_steps`: the relative residual to reach, `None` for `eps^(2/3)` of the
+      dtype, and the terms it may take; not used with `terms=k`.
     """
 
     terms: int | None = None
