@@ -5,6 +5,7 @@ from ._fixed_point import implicit_fixed_point
 from ._layer import FixedPointLayer
 from ._solution import ConvergenceError, DerivativeError, Result, Solution, Stats
 from ._tree import rms_norm
+from .diagnostics import Leaf, Structure, structure
 from .linear import (
     AbstractLinearSolver,
     AutoLinearSolver,
@@ -28,6 +29,7 @@ __all__ = [
     "DerivativeError",
     "FixedPointLayer",
     "ImplicitAdjoint",
+    "Leaf",
     "LinearSolution",
     "Neumann",
     "Newton",
@@ -35,9 +37,11 @@ __all__ = [
     "Result",
     "Solution",
     "Stats",
+    "Structure",
     "UnrolledAdjoint",
     "implicit_fixed_point",
     "rms_norm",
+    "structure",
 ]
 
 __version__ = "0.1.0"

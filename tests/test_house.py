@@ -36,6 +36,7 @@ FLOORS = [
     "_program",
     "_fixed_point",
     "_layer",
+    "diagnostics",
     "__init__",
     "__main__",
 ]
