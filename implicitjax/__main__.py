@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +32,7 @@ class Problem:
     - `title`, `text`: its name and its equations, for the reader.
     - `f`, `x0`, `t`: the map, the guess, and the parameters at which it is solved.
     - `outputs`: what is differentiated, a few numbers `outputs(x)`.
-    - `value`: the solution, and `derivative`: that of the outputs in each parameter; both
+    - `value`, `derivative`: the solution and the derivative of the outputs in the parameters,
       made without implicitjax, as `reference` says.
     - `names`: a name for every entry of the derivative, row by row.
     """
@@ -121,67 +122,70 @@ class Checks:
         print(f"{line:<76}{'ok' if right else 'WRONG':>5}")
 
 
-def compiled(problem: Problem) -> dict[str, Callable[[Array], tuple[Array, ij.Solution]]]:
+class Run(NamedTuple):
+    """What is looked at of a solution; `residuals` has an entry for each step and beyond."""
+
+    value: Array
+    residuals: Array
+    evaluations: Array
+
+
+def compiled(problem: Problem) -> dict[str, Callable[[Array], tuple[Array, Run]]]:
     """For each solver a program from `t` to a pair: the outputs by Picard's iteration, their
-    derivative in reverse mode by Anderson's, in forward mode by Newton's; and the solution.
+    derivative in reverse mode by Anderson's, in forward mode by Newton's; and the run.
     """
 
     def program(solver: ij.AbstractSolver) -> Callable:
-        def outputs(t: Array) -> tuple[Array, ij.Solution]:
+        def outputs(t: Array) -> tuple[Array, Run]:
             solution = ij.implicit_fixed_point(
                 problem.f, problem.x0, t, solver=solver, rtol=RTOL, max_steps=400, history=True
             )
-            return problem.outputs(solution.value), solution
+            stats, value = solution.stats, solution.value
+            return problem.outputs(value), Run(value, stats.residual_history, stats.num_evaluations)
 
         return outputs
 
     programs = {
-        "Picard": program(ij.Picard()),
-        "Anderson": jax.jacrev(program(ij.Anderson()), has_aux=True),
-        "Newton": jax.jacfwd(program(ij.Newton()), has_aux=True),
+        "Picard": jax.jit(program(ij.Picard())),
+        "Anderson": jax.jit(jax.jacrev(program(ij.Anderson()), has_aux=True)),
+        "Newton": jax.jit(jax.jacfwd(program(ij.Newton()), has_aux=True)),
     }
-    lowered = [jax.jit(one).lower(problem.t) for one in programs.values()]
-    with ThreadPoolExecutor() as pool:  # on as many cores as there are
-        return dict(zip(programs, pool.map(lambda one: one.compile(), lowered), strict=True))
+    lowered = [one.lower(problem.t) for one in programs.values()]
+    with ThreadPoolExecutor() as pool:  # compiled on as many cores as there are
+        list(pool.map(lambda one: one.compile(), lowered))
+    return programs
 
 
 def walk(problem: Problem, check: Checks) -> dict[str, np.ndarray]:
     """One problem from its equations to the timing; returns the residuals of each solver."""
     print(f"   {problem.text}\n")
     programs = compiled(problem)
-    solutions = {name: program(problem.t)[1] for name, program in programs.items()}
-    residuals = {
-        name: np.asarray(s.stats.residual_history)[: int(s.stats.num_steps) + 1]
-        for name, s in solutions.items()
-    }
-    show_solutions(problem, solutions, residuals, check)
+    runs = {name: program(problem.t)[1] for name, program in programs.items()}
+    residuals = {n: np.asarray(run.residuals)[: int(run.evaluations)] for n, run in runs.items()}
+    show_solutions(problem, runs, residuals, check)
     show_gradients(problem, programs, check)
     show_timing(problem, programs["Anderson"], len(residuals["Picard"]) - 1, check)
     return residuals
 
 
 def show_solutions(
-    problem: Problem,
-    solutions: dict[str, ij.Solution],
-    residuals: dict[str, np.ndarray],
-    check: Checks,
+    problem: Problem, runs: dict[str, Run], residuals: dict[str, np.ndarray], check: Checks
 ) -> None:
     """Value and residuals by each solver."""
-    value = np.array2string(np.asarray(solutions["Anderson"].value), precision=10, threshold=8)
+    value = np.array2string(np.asarray(runs["Anderson"].value), precision=7, threshold=8)
     print(f"   value   {value}\n")
     print("   residual by step " + "".join(f"{name:>12}" for name in residuals))
     longest = max(len(r) for r in residuals.values())
     for step in [s for s in (0, 1, 2, 4, 8, 16, 32, 64, 128) if s < longest]:
         cells = (f"{r[step]:12.1e}" if step < len(r) else f"{'':12}" for r in residuals.values())
         print(f"   {step:16d} " + "".join(cells).rstrip())
-    evaluations = (int(s.stats.num_evaluations) for s in solutions.values())
     print("   last of all      " + "".join(f"{r[-1]:12.1e}" for r in residuals.values()))
-    print("   evaluations of f " + "".join(f"{n:12d}" for n in evaluations) + "\n")
+    print("   evaluations of f " + "".join(f"{len(r):12d}" for r in residuals.values()) + "\n")
 
     f = jax.jit(problem.f)
-    for name, s in solutions.items():
-        check(f"value by {name} against {problem.reference}", s.value, problem.value, 1e-10)
-    anew = [residual(f(s.value, problem.t), s.value) for s in solutions.values()]
+    for name, run in runs.items():
+        check(f"value by {name} against {problem.reference}", run.value, problem.value, 1e-10)
+    anew = [residual(f(run.value, problem.t), run.value) for run in runs.values()]
     check("last residuals against f(x) - x", [r[-1] for r in residuals.values()], anew, 1e-14)
     x, plain = problem.x0, []
     for _ in residuals["Picard"]:
@@ -228,8 +232,7 @@ def show_timing(problem: Problem, gradient: Callable, steps: int, check: Checks)
         x, _ = lax.scan(lambda x, _: (problem.f(x, t), None), problem.x0, length=steps)
         return problem.outputs(x)
 
-    t = problem.t
-    beside = jax.jit(jax.jacrev(unrolled)).lower(t).compile()
+    t, beside = problem.t, jax.jit(jax.jacrev(unrolled))
     ratio = time_ratio(lambda: gradient(t), lambda: beside(t))
     print(f"   Compiled, the gradient in reverse mode takes {ratio:.2f} times the time of the one")
     print(f"   through {steps} steps of Picard unrolled by a scan.")
@@ -252,13 +255,11 @@ def time_ratio(a: Callable[[], object], b: Callable[[], object], calls: int = 20
 def save_picture(path: Path, curves: dict[str, dict[str, np.ndarray]]) -> None:
     """Residual by step, a panel for each problem; or how to get matplotlib."""
     try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
+        from matplotlib.figure import Figure  # draws without a display
     except ImportError:
         print('No picture: matplotlib is missing; pip install "implicitjax[plot]"')
         return
     figure = Figure(figsize=(9, 3.6), layout="constrained")
-    FigureCanvasAgg(figure)
     panels = figure.subplots(1, len(curves))
     for panel, (title, residuals) in zip(panels, curves.items(), strict=True):
         for name, r in residuals.items():

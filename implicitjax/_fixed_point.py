@@ -21,7 +21,7 @@ from ._outcome import CONVERGED, RESULT_NAMES
 from ._problem import trace
 from ._program import Options, solve_by_structure, solve_by_trace, Solved, Statics, Tools
 from ._purity import Certificate, certify
-from ._report import first_failure, poison, raise_if
+from ._report import first_failure, poison, public_error, raise_if
 from ._solution import convergence_message, ConvergenceError, Solution
 from ._tolerance import Tolerances
 from .linear._transposable import OnFailure
@@ -117,12 +117,18 @@ def implicit_fixed_point(
     call, arrays = split_call(f, x0, args, has_aux)
     tool_arrays, tool_statics = _split(tools)
     certificate = _certificate(call, f, x0, args)
-    if certificate is not None and certificate.holds():
-        solved = solve_by_structure(call, tool_statics, options, arrays, tool_arrays)
-    else:
-        traced, consts, arrays = trace(call, arrays)
-        solved = solve_by_trace(traced, tool_statics, options, consts, arrays, tool_arrays)
-    return _report(solved, on_failure)
+    try:
+        if certificate is not None and certificate.holds():
+            solved = solve_by_structure(call, tool_statics, options, arrays, tool_arrays)
+        else:
+            traced, consts, arrays = trace(call, arrays)
+            solved = solve_by_trace(traced, tool_statics, options, consts, arrays, tool_arrays)
+        return _report(solved, on_failure)
+    except jax.errors.JaxRuntimeError as error:  # of a callback, in eager forward mode
+        plain = public_error(error)
+        if plain is None:
+            raise
+        raise plain from None
 
 
 _certificates: dict[Call, Certificate | None] = {}

@@ -1,15 +1,17 @@
 r"""The loop: it evaluates the map, estimates the error, and decides when to stop and why.
 
 The stop test bounds the error, not the step. With the residual `r(x) = f(x) - x`, the
-error of an iterate is `x* - x = (I - J)^-1 r(x)` to first order, and two successive
-iterates sample that inverse for nothing:
+error of an iterate is `x* - x = (I - J)^-1 r(x)` to first order, and two iterates sample
+that inverse for nothing:
 
-    x_k - x_{k-1} = -(I - J)^-1 (r_k - r_{k-1})      to first order, hence
-    |x* - x_k|  ~  a_k |r_k|,     a_k = |x_k - x_{k-1}| / |r_k - r_{k-1}|,
+    x_k - x_j = -(I - J)^-1 (r_k - r_j)      to first order, hence
+    |x* - x_k|  ~  a_k |r_k|,     a_k = |x_k - x_j| / |r_k - r_j|,
 
 whatever method made the iterates. For Picard's iteration on a linear map with one
 dominant eigenvalue `l`, `a_k = 1 / |1 - l|` and the estimate is exact, for `l` near -1 as
-for `l` near 1. All norms are taken in units of the tolerance, `atol + rtol |x|`.
+for `l` near 1. Two baselines are used: the last step (`j = k - 1`), and a long one, back to the
+last power of two, which sees slow modes that a residual full of fast ones hides. All
+norms are taken in units of the tolerance, `atol + rtol |x|`.
 """
 
 from collections.abc import Callable
@@ -53,12 +55,14 @@ class LoopOptions(NamedTuple):
 
 
 class _Watch(eqx.Module):
-    """What is compared over many steps: `reference`, the iterate at the last power of two
-    (Brent's cycle finding, 1980), the `first` residual norm, the round-off `floor` of the
-    residual, the `best` residual so far and the step at which it was `best_at`.
+    """What is compared over many steps: the `reference`, iterate and residual at the last
+    power of two (as in Brent's cycle finding, 1980), the `amplification` seen from there, the
+    `first` residual norm, the round-off `floor` of the residual, and the `best` residual so
+    far, at step `best_at`.
     """
 
-    reference: list
+    reference: tuple[list, list]
+    amplification: Float[Array, ""]
     first: Float[Array, ""]
     floor: Float[Array, ""]
     best: Float[Array, ""]
@@ -109,12 +113,14 @@ def iterate(
         amplification = _amplification(moved, changed, state.amplification)
         step = state.step + 1
         watch, alarm = _look(state.watch, now[0], r, residual, step, units, options.norm)
+        if options.progress is not None:
+            jax.debug.callback(options.progress, step, residual * amplification)
         return _State(
             x=x,
             fx=fx,
             solver=solver_state,
             step=step,
-            code=_decide(residual, amplification, watch.floor, alarm),
+            code=_decide(residual, amplification, watch, alarm),
             recent=jnp.concatenate([residual[None], state.recent[:-1]]),
             amplification=amplification,
             watch=watch,
@@ -128,37 +134,36 @@ def iterate(
     def running(state: _State) -> Bool[Array, ""]:
         return (state.code == RUNNING) & (state.step < options.max_steps)
 
-    def reported(state: _State) -> _State:
-        state = body(state)
-        if options.progress is not None:
-            error = state.recent[0] * state.amplification
-            jax.debug.callback(options.progress, state.step, error)
-        return state
-
     if options.early_stop:
-        state = lax.while_loop(running, reported, state)
+        state = lax.while_loop(running, body, state)
     else:
 
         def scanned(state: _State, _: None) -> tuple[_State, None]:
-            return lax.cond(running(state), reported, lambda s: s, state), None
+            return lax.cond(running(state), body, lambda s: s, state), None
 
         state, _ = lax.scan(scanned, state, length=options.max_steps)
     return _finish(state, scale, options)
 
 
+def _ratio(moved: Array, changed: Array) -> Array:
+    """`|dx| / |dr|`, at most `1 / eps`."""
+    largest = 1 / jnp.finfo(moved.dtype).eps
+    ratio = jnp.where(changed > 0, moved / jnp.where(changed > 0, changed, 1.0), largest)
+    return jnp.minimum(ratio, largest)
+
+
 def _amplification(moved: Array, changed: Array, last: Array) -> Array:
     """`|dx| / |dr|` of the last step, or what is left of an earlier, larger one."""
-    largest = 1 / jnp.finfo(last.dtype).eps
-    sample = jnp.where(changed > 0, moved / jnp.where(changed > 0, changed, 1.0), largest)
-    at_rest = jnp.where(last > 0, last, largest)
-    sample = jnp.where(moved > 0, jnp.minimum(sample, largest), at_rest)
+    at_rest = jnp.where(last > 0, last, 1 / jnp.finfo(last.dtype).eps)
+    sample = jnp.where(moved > 0, _ratio(moved, changed), at_rest)
     return jnp.maximum(sample, _FADE * last)
 
 
-def _decide(residual: Array, amplification: Array, floor: Array, alarm: Array) -> Array:
+def _decide(residual: Array, amplification: Array, watch: _Watch, alarm: Array) -> Array:
     """The code after a step; what it says of convergence is settled in `_finish`."""
-    code = jnp.where(residual <= floor, ROUNDOFF, alarm)
-    code = jnp.where(residual * amplification <= 1, CONVERGED, code)
+    error = residual * jnp.maximum(amplification, watch.amplification)
+    code = jnp.where(residual <= watch.floor, ROUNDOFF, alarm)
+    code = jnp.where(error <= 1, CONVERGED, code)
     return jnp.where(jnp.isfinite(residual), code, NONFINITE).astype(jnp.int32)
 
 
@@ -189,7 +194,7 @@ def _start(
         code=code,
         recent=jnp.full((5,), residual),
         amplification=zero,
-        watch=_Watch(frozen[0], first, zero, residual, step),
+        watch=_Watch((frozen[0], r), zero, first, zero, residual, step),
         best=(*frozen, first) if options.keep_best else None,
         history=history,
     )
@@ -204,8 +209,8 @@ def _look(
     units: Units,
     norm: Callable,
 ) -> tuple[_Watch, Array]:
-    """Looks for cycles, divergence and noise. Each verdict is a proof, not a guess at
-    slowness: an iterate that came back to the last digit; a residual grown by
+    """Looks for slow modes, cycles, divergence and noise. Each verdict is a proof, not a guess
+    at slowness: an iterate that came back to the last digit; a residual grown by
     `eps^(-2/3)`, which leaves round-off above any attainable tolerance; a residual at the
     level of round-off that has not improved for 24 steps.
     """
@@ -213,23 +218,25 @@ def _look(
     best = jnp.where(better, residual, watch.best)
     best_at = jnp.where(better, step, watch.best_at)
 
-    def look() -> tuple[list, Array, Array]:
+    def look() -> tuple[tuple[list, list], Array, Array, Array]:
         floor = norm(units.measure(units.roundoff()))
-        distance = norm(units.measure(_tree.sub(x, watch.reference)))
+        moved = norm(units.measure(_tree.sub(x, watch.reference[0])))
+        changed = norm(units.measure(_tree.sub(r, watch.reference[1])))
+        from_guess = step == _WATCH
+        amplification = jnp.where(from_guess, 0.0, _ratio(moved, changed))
         grown = norm(r) > watch.first / _tree.epsilon(x) ** (2 / 3)
-        cycle = (distance <= floor) & (residual > 100 * floor)
+        cycle = (moved <= floor) & (residual > 100 * floor)
         noise = (residual <= 100 * floor) & (step - best_at >= 24)
         alarm = jnp.where(grown, DIVERGED, jnp.where(noise, ROUNDOFF, RUNNING))
-        alarm = jnp.where(cycle, STAGNATED, alarm)
+        alarm = jnp.where(cycle, STAGNATED, alarm).astype(jnp.int32)
         turn = (step & (step - 1)) == 0
-        reference = _tree.where(turn, x, watch.reference)
-        return reference, floor, alarm.astype(jnp.int32)
+        return _tree.where(turn, (x, r), watch.reference), amplification, floor, alarm
 
-    def skip() -> tuple[list, Array, Array]:
-        return watch.reference, watch.floor, jnp.asarray(RUNNING, jnp.int32)
+    def skip() -> tuple[tuple[list, list], Array, Array, Array]:
+        return watch.reference, watch.amplification, watch.floor, jnp.asarray(RUNNING, jnp.int32)
 
-    reference, floor, alarm = lax.cond(step % _WATCH == 0, look, skip)
-    return _Watch(reference, watch.first, floor, best, best_at), alarm
+    reference, amplification, floor, alarm = lax.cond(step % _WATCH == 0, look, skip)
+    return _Watch(reference, amplification, watch.first, floor, best, best_at), alarm
 
 
 def _keep(best: tuple | None, now: tuple, options: LoopOptions) -> tuple | None:
@@ -259,7 +266,8 @@ def _finish(state: _State, scale: Scale, options: LoopOptions) -> tuple[list, Ou
     r, units = _tree.sub(value, at), scale.at(at, value)
     measured, roundoff = units.measure(r), units.roundoff()
     floor = options.norm(units.measure(roundoff)) / FLOOR
-    amplification = jnp.where(state.step == 0, 1.0, state.amplification)
+    amplification = jnp.maximum(state.amplification, state.watch.amplification)
+    amplification = jnp.where(state.step == 0, 1.0, amplification)
     ratio = amplification * jnp.maximum(options.norm(measured), floor)
     clamped = units.clamped()
 

@@ -5,6 +5,7 @@ needs a host callback, which is compiled only for `on_failure="raise"` and enter
 when something failed, also under vmap.
 """
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,7 @@ from jax import Array, lax
 from jaxtyping import Bool, PyTree
 
 from . import _tree
+from ._solution import ConvergenceError, DerivativeError
 
 
 def raise_if(
@@ -50,6 +52,18 @@ def first_failure(failed: np.ndarray, operands: dict[str, Any]) -> tuple[dict[st
     words = f" in lane {lane} ({int(failed.sum())} of {failed.size} lanes failed)"
     picked = {k: v[index] for k, v in operands.items()}
     return picked, words
+
+
+def public_error(error: Exception) -> Exception | None:
+    """The exception of this package that a host callback raised, out of the words of JAX.
+
+    JAX hands on the traceback of a callback as text; in it stands the class and its message.
+    """
+    for kind in (ConvergenceError, DerivativeError):
+        found = re.search(rf"{kind.__name__}: (.*?)(?:\n-{{5,}}|\Z)", str(error), re.DOTALL)
+        if found:
+            return kind(found[1].strip())
+    return None
 
 
 def poison(failed: Bool[Array, ""], tree: PyTree) -> PyTree:

@@ -80,7 +80,7 @@ def _checked(
             "tolerance": out.tolerance,
             "condition": out.condition,
         }
-        bad = bad | raise_if(untrusted, _raise, numbers)
+        bad = bad | raise_if(untrusted & ~failed, _raise, numbers)
     return [jnp.where(bad, jnp.nan, leaf) for leaf in u]
 
 
