@@ -218,10 +218,10 @@ def run(report: Report) -> None:
     _compile_times(report, all_solves, others)
 
 
-def _times(case: Case, programs: dict[str, Callable]) -> dict[str, float]:
+def _times(case: Case, programs: dict[str, Callable], warm: bool = False) -> dict[str, float]:
     """The time of each in that of the one by hand."""
     calls: dict[str, Call] = {n: functools.partial(p, case.theta) for n, p in programs.items()}
-    times = shortest(calls, seconds=1.5)
+    times = shortest(calls, seconds=1.5, warm=warm)
     return {name: t / times["hand"] for name, t in times.items()}
 
 
@@ -231,7 +231,7 @@ def _gradients(
     """One row of times, and a row each for the tables of errors and of memory."""
     programs = {name: jax.jit(gradient(solve)) for name, solve in solves.items()}
     plans = {n: p.lower(case.theta).compile().memory_analysis() for n, p in programs.items()}
-    times = _times(case, programs)
+    times = _times(case, programs, warm=True)
     table.row(case.name, *(times.get(n) for n in names))
     exact = _exact_gradient(case)
     found = {n: _distance(p(case.theta), exact) for n, p in programs.items()}

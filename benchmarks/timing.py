@@ -11,18 +11,19 @@ Call = Callable[[], Any]
 
 
 def shortest(
-    calls: Mapping[str, Call], seconds: float = 2.0, block: float = 2e-3
+    calls: Mapping[str, Call], seconds: float = 2.0, block: float = 2e-3, warm: bool = False
 ) -> dict[str, float]:
     """Seconds of one call of each, to be divided by one another and by nothing else.
 
-    Every call is made twice beforehand, so that nothing compiles that need not. Then rounds
-    follow, in each of which all calls have their turn, repeated until a turn lasts about
-    `block` seconds; of each the shortest turn counts. A disturbance from outside lengthens
-    some turns of all, and the minimum forgets it. Three rounds at least, then for `seconds`;
-    a call that lasts longer than half of that is left at its second time.
+    Every call is made once beforehand, unless all are `warm`, so that nothing compiles that
+    need not. Then rounds follow, in each of which all calls have their turn, repeated until a
+    turn lasts about `block` seconds; of each the shortest turn counts. A disturbance from
+    outside lengthens some turns of all, and the minimum forgets it. Three rounds at least,
+    then for `seconds`; a call that lasts longer than half of that is left at its first time.
     """
-    for call in calls.values():
-        turn(call)
+    if not warm:
+        for call in calls.values():
+            turn(call)
     best = {name: turn(call) for name, call in calls.items()}
     repeats = {name: max(1, round(block / t)) for name, t in best.items() if t < seconds / 2}
     gc.collect()

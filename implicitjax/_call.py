@@ -10,7 +10,10 @@ import numpy as np
 
 
 class Static:
-    """A leaf that is no array: equal to another of the same type and value."""
+    """A leaf that is no array: equal to another of the same type and value.
+
+    One that cannot be hashed or compared, such as a set, is equal to itself alone.
+    """
 
     __slots__ = ("value",)
 
@@ -18,18 +21,29 @@ class Static:
         self.value = value
 
     def __hash__(self) -> int:
-        return hash(self.value)
+        try:
+            return hash(self.value)
+        except (TypeError, ValueError):
+            return id(self.value)
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Static) or type(other.value) is not type(self.value):
             return False
-        return self.value is other.value or bool(self.value == other.value)
+        if self.value is other.value:
+            return True
+        if isinstance(self.value, (float, complex)):
+            return repr(self.value) == repr(other.value)  # -0.0 is not 0.0, and NaN is NaN
+        try:
+            hash(self.value)
+            return bool(self.value == other.value)
+        except (TypeError, ValueError):
+            return False
 
 
 class Held(eqx.Module):
     """A leaf that is no array on its way out of a compiled program."""
 
-    value: Any = eqx.field(static=True)
+    leaf: "Static" = eqx.field(static=True)
 
 
 class Call(NamedTuple):

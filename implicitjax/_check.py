@@ -2,6 +2,9 @@
 
 from typing import Any
 
+import jax
+import numpy as np
+
 
 def positive_int(name: str, value: Any) -> None:
     """Raises unless `value` is `None` or a Python integer of at least 1."""
@@ -15,7 +18,10 @@ def positive_int(name: str, value: Any) -> None:
 
 def nonnegative(name: str, value: Any) -> None:
     """Raises if `value` is a Python number below 0 or NaN; arrays are taken as they are."""
-    if isinstance(value, bool) or isinstance(value, (str, complex)):
+    if value is None:
+        return
+    number = isinstance(value, (int, float, np.ndarray, np.generic, jax.Array))
+    if not number or isinstance(value, bool):
         raise TypeError(f"{name} must be a real number, got {value!r}.")
     if isinstance(value, (int, float)) and not value >= 0:
         raise ValueError(f"{name} must not be negative, got {value!r}.")

@@ -1,7 +1,8 @@
 """The front door: trace, iterate, differentiate, rebuild, report."""
 
-import functools
+import dataclasses
 import inspect
+import operator
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -107,6 +108,7 @@ def implicit_fixed_point(
     """
     tools = Tools(solver, adjoint, Tolerances(rtol, atol))
     _check_tools(tools)
+    max_steps = _steps(max_steps)
     unrolled = isinstance(adjoint, UnrolledAdjoint)
     loop = LoopOptions(
         max_steps, norm, early_stop and not unrolled, history, on_failure == "return", progress
@@ -148,7 +150,7 @@ def _certificate(call: Call, f: Any, x0: Any, args: tuple) -> Certificate | None
     try:
         if call in _certificates:
             return _certificates[call]
-    except TypeError:  # a static leaf that cannot be hashed
+    except (TypeError, ValueError):  # static leaves that cannot be hashed or compared
         return None
     if len(_certificates) >= _MAX_REMEMBERED:
         _certificates.clear()
@@ -159,18 +161,20 @@ def _certificate(call: Call, f: Any, x0: Any, args: tuple) -> Certificate | None
 def _split(tools: Tools) -> tuple[list, Statics]:
     """Arrays and tolerances are inputs of the program; the rest is part of its key."""
     key = (id(tools.solver), id(tools.adjoint))
-    if key not in _methods:
+    if key in _methods:
+        _, _, statics = _methods[key]
+        return [[], *tools.tolerances], statics
+    leaves, treedef = jax.tree.flatten((tools.solver, tools.adjoint))
+    arrays = [leaf for leaf in leaves if is_array(leaf)]
+    statics = Statics(treedef, tuple(None if is_array(x) else Static(x) for x in leaves))
+    if not arrays:
         if len(_methods) >= _MAX_REMEMBERED:
             _methods.clear()
-        leaves, treedef = jax.tree.flatten((tools.solver, tools.adjoint))
-        arrays = [leaf for leaf in leaves if is_array(leaf)]
-        statics = tuple(None if is_array(leaf) else Static(leaf) for leaf in leaves)
-        _methods[key] = (tools.solver, tools.adjoint, arrays, Statics(treedef, statics))
-    _, _, arrays, statics = _methods[key]
+        _methods[key] = (tools.solver, tools.adjoint, statics)
     return [arrays, *tools.tolerances], statics
 
 
-# What was split, by identity; the objects are held, so that no other gets the same `id`.
+# Methods without arrays, by identity; they are held, so that no other gets the same `id`.
 _methods: dict[tuple[int, int], tuple] = {}
 
 
@@ -179,7 +183,7 @@ def _report(solved: Solved, on_failure: OnFailure) -> Solution:
     solution = solved.solution
     if solved.has_held:
         solution = jax.tree.map(
-            lambda leaf: leaf.value if isinstance(leaf, Held) else leaf,
+            lambda leaf: leaf.leaf.value if isinstance(leaf, Held) else leaf,
             solution,
             is_leaf=lambda leaf: isinstance(leaf, Held),
         )
@@ -194,20 +198,30 @@ def _report(solved: Solved, on_failure: OnFailure) -> Solution:
     if not isinstance(solved.report, Tracer):
         code = np.asarray(solved.report)[0]
         if code != CONVERGED:
-            _raise(np.asarray(True), numbers, solved.paths)
+            ConvergenceFailure(solved.paths)(True, numbers)
         return solution
-    raiser = functools.partial(_raise, paths=solved.paths)
-    failed = raise_if(solved.report[0] != CONVERGED, raiser, numbers)
+    failed = raise_if(solved.report[0] != CONVERGED, ConvergenceFailure(solved.paths), numbers)
     value, aux = poison(failed, eqx.filter((solution.value, solution.aux), eqx.is_array))
     value, aux = eqx.combine((value, aux), (solution.value, solution.aux))
     return Solution(value, aux, solution.stats, solution.result)
 
 
-def _raise(failed: np.ndarray, operands: dict[str, Any], paths: tuple[str, ...]) -> None:
-    numbers, lane = first_failure(failed, operands)
-    code, ratio, worst = numbers["report"]
-    info = {**numbers, "ratio": ratio, "leaf": paths[int(worst)]}
-    raise ConvergenceError(convergence_message(RESULT_NAMES[int(code)], info, lane))
+@dataclasses.dataclass(frozen=True)
+class ConvergenceFailure:
+    """Raises the error of a failed solve; a value, so that programs compare equal.
+
+    - `paths`: the paths of the leaves of the unknown.
+    """
+
+    paths: tuple[str, ...]
+
+    def __call__(self, failed: Any, operands: dict[str, Any]) -> None:
+        """Called on the host with concrete numbers."""
+        numbers, lane = first_failure(np.asarray(failed), operands)
+        code, ratio, worst = numbers["report"]
+        info = {**numbers, "ratio": ratio, "leaf": self.paths[int(worst)]}
+        result = RESULT_NAMES[int(code)]
+        raise ConvergenceError(convergence_message(result, info, lane))
 
 
 def _check_tools(tools: Tools) -> None:
@@ -223,10 +237,16 @@ def _check_tools(tools: Tools) -> None:
     nonnegative("atol", tools.tolerances.atol)
 
 
+def _steps(max_steps: Any) -> int:
+    try:
+        max_steps = operator.index(max_steps)
+    except TypeError:
+        raise TypeError(f"max_steps must be a Python integer, got {max_steps!r}.") from None
+    positive_int("max_steps", max_steps)
+    return max_steps
+
+
 def _check_options(options: Options) -> None:
-    if options.loop.max_steps is None:
-        raise TypeError("max_steps must be a Python integer, got None.")
-    positive_int("max_steps", options.loop.max_steps)
     if not callable(options.loop.norm):
         raise TypeError(f"norm must be callable, got {options.loop.norm!r}.")
     if options.loop.progress is not None and not callable(options.loop.progress):

@@ -34,17 +34,16 @@ from ._outcome import (
     RUNNING,
     STAGNATED,
 )
-from ._tolerance import FLOOR, Scale, Tolerances, Units
+from ._tolerance import FLOOR, Scale, Tolerances
+from ._watch import amplify, look_back, Watch
 from .solvers import AbstractSolver
-
-# How long an amplification is remembered: by what factor it fades from step to step.
-_FADE = 0.5
-# Cycles, divergence and noise are looked for at every such step.
-_WATCH = 8
 
 
 class LoopOptions(NamedTuple):
-    """What the loop is asked for; static, part of the key of the compiled program."""
+    """What the loop is asked for; static, part of the key of the compiled program.
+
+    `epsilons` is the round-off that each leaf is held to, by default that of its dtype.
+    """
 
     max_steps: int
     norm: Callable[[PyTree], Array]
@@ -52,21 +51,7 @@ class LoopOptions(NamedTuple):
     history: bool
     keep_best: bool
     progress: Callable[[int, float], None] | None
-
-
-class _Watch(eqx.Module):
-    """What is compared over many steps: the `reference`, iterate and residual at the last
-    power of two (as in Brent's cycle finding, 1980), the `amplification` seen from there, the
-    `first` residual norm, the round-off `floor` of the residual, and the `best` residual so
-    far, at step `best_at`.
-    """
-
-    reference: tuple[list, list]
-    amplification: Float[Array, ""]
-    first: Float[Array, ""]
-    floor: Float[Array, ""]
-    best: Float[Array, ""]
-    best_at: Int[Array, ""]
+    epsilons: tuple[float, ...] = ()
 
 
 class _State(eqx.Module):
@@ -82,7 +67,7 @@ class _State(eqx.Module):
     code: Int[Array, ""]
     recent: Float[Array, " window"]
     amplification: Float[Array, ""]
-    watch: _Watch
+    watch: Watch
     best: tuple | None
     history: list | None
 
@@ -99,7 +84,7 @@ def iterate(
     `x0` is a list of inexact arrays and `f` maps such lists to such lists. Returns the
     last iterate (the best one, if it failed and `options.keep_best`) and the outcome.
     """
-    scale = Scale(tolerances, x0)
+    scale = Scale(tolerances, x0, options.epsilons or tuple(map(_tree.epsilon, x0)))
 
     def body(state: _State) -> _State:
         x, solver_state = solver.step(f, state.x, state.fx, state.solver)
@@ -110,9 +95,11 @@ def iterate(
         residual = options.norm(units.measure(r))
         moved = options.norm(units.measure(_tree.sub(now[0], old[0])))
         changed = options.norm(units.measure(_tree.sub(r, r_old)))
-        amplification = _amplification(moved, changed, state.amplification)
+        amplification = amplify(moved, changed, state.amplification, state.watch.floor)
         step = state.step + 1
-        watch, alarm = _look(state.watch, now[0], r, residual, step, units, options.norm)
+        watch, alarm = look_back(
+            state.watch, now[0], r, residual, amplification, step, units, options.norm
+        )
         if options.progress is not None:
             jax.debug.callback(options.progress, step, residual * amplification)
         return _State(
@@ -124,7 +111,7 @@ def iterate(
             recent=jnp.concatenate([residual[None], state.recent[:-1]]),
             amplification=amplification,
             watch=watch,
-            best=_keep(state.best, now, options),
+            best=_keep(state.best, (x, fx), options),
             history=_record(state.history, r, step),
         )
 
@@ -145,21 +132,7 @@ def iterate(
     return _finish(state, scale, options)
 
 
-def _ratio(moved: Array, changed: Array) -> Array:
-    """`|dx| / |dr|`, at most `1 / eps`."""
-    largest = 1 / jnp.finfo(moved.dtype).eps
-    ratio = jnp.where(changed > 0, moved / jnp.where(changed > 0, changed, 1.0), largest)
-    return jnp.minimum(ratio, largest)
-
-
-def _amplification(moved: Array, changed: Array, last: Array) -> Array:
-    """`|dx| / |dr|` of the last step, or what is left of an earlier, larger one."""
-    at_rest = jnp.where(last > 0, last, 1 / jnp.finfo(last.dtype).eps)
-    sample = jnp.where(moved > 0, _ratio(moved, changed), at_rest)
-    return jnp.maximum(sample, _FADE * last)
-
-
-def _decide(residual: Array, amplification: Array, watch: _Watch, alarm: Array) -> Array:
+def _decide(residual: Array, amplification: Array, watch: Watch, alarm: Array) -> Array:
     """The code after a step; what it says of convergence is settled in `_finish`."""
     error = residual * jnp.maximum(amplification, watch.amplification)
     code = jnp.where(residual <= watch.floor, ROUNDOFF, alarm)
@@ -194,56 +167,17 @@ def _start(
         code=code,
         recent=jnp.full((5,), residual),
         amplification=zero,
-        watch=_Watch((frozen[0], r), zero, first, zero, residual, step),
-        best=(*frozen, first) if options.keep_best else None,
+        watch=Watch((frozen[0], r), zero, first, zero, residual, step),
+        best=(x0, fx0, first) if options.keep_best else None,
         history=history,
     )
-
-
-def _look(
-    watch: _Watch,
-    x: list,
-    r: list,
-    residual: Array,
-    step: Array,
-    units: Units,
-    norm: Callable,
-) -> tuple[_Watch, Array]:
-    """Looks for slow modes, cycles, divergence and noise. Each verdict is a proof, not a guess
-    at slowness: an iterate that came back to the last digit; a residual grown by
-    `eps^(-2/3)`, which leaves round-off above any attainable tolerance; a residual at the
-    level of round-off that has not improved for 24 steps.
-    """
-    better = residual < watch.best
-    best = jnp.where(better, residual, watch.best)
-    best_at = jnp.where(better, step, watch.best_at)
-
-    def look() -> tuple[tuple[list, list], Array, Array, Array]:
-        floor = norm(units.measure(units.roundoff()))
-        moved = norm(units.measure(_tree.sub(x, watch.reference[0])))
-        changed = norm(units.measure(_tree.sub(r, watch.reference[1])))
-        from_guess = step == _WATCH
-        amplification = jnp.where(from_guess, 0.0, _ratio(moved, changed))
-        grown = norm(r) > watch.first / _tree.epsilon(x) ** (2 / 3)
-        cycle = (moved <= floor) & (residual > 100 * floor)
-        noise = (residual <= 100 * floor) & (step - best_at >= 24)
-        alarm = jnp.where(grown, DIVERGED, jnp.where(noise, ROUNDOFF, RUNNING))
-        alarm = jnp.where(cycle, STAGNATED, alarm).astype(jnp.int32)
-        turn = (step & (step - 1)) == 0
-        return _tree.where(turn, (x, r), watch.reference), amplification, floor, alarm
-
-    def skip() -> tuple[tuple[list, list], Array, Array, Array]:
-        return watch.reference, watch.amplification, watch.floor, jnp.asarray(RUNNING, jnp.int32)
-
-    reference, amplification, floor, alarm = lax.cond(step % _WATCH == 0, look, skip)
-    return _Watch(reference, amplification, watch.first, floor, best, best_at), alarm
 
 
 def _keep(best: tuple | None, now: tuple, options: LoopOptions) -> tuple | None:
     """The iterate with the smallest residual, where it is asked for."""
     if best is None:
         return None
-    residual = options.norm(_tree.sub(now[1], now[0]))
+    residual = options.norm(_tree.stop_gradient(_tree.sub(now[1], now[0])))
     return _tree.where(residual < best[-1], (*now, residual), best)
 
 

@@ -48,8 +48,10 @@ class Trace:
         self.dtypes = tuple(v.aval.dtype for v in self.jaxpr.invars)  # pyright: ignore[reportAttributeAccessIssue]
         self.state = tuple(self.num_consts + i for i in call.state_arrays() if i is not None)
         self.paths = _paths(call, inputs)
-        self._key = (fingerprint(jaxpr), output, self.state_tree, self.state, self.paths)
+        described = (*output, self.state_tree)
+        self._key = (fingerprint(jaxpr), tuple(map(Static, described)), self.state, self.paths)
         self._hash = hash(self._key)
+        self._parts: dict[tuple[int, ...], Any] = {}
 
     def __hash__(self) -> int:
         return self._hash
@@ -83,7 +85,8 @@ class Trace:
     @functools.cached_property
     def roles(self) -> Roles:
         """The role of every array leaf of the state; an integer must not feed back."""
-        roles = assign_roles(self.flows, self.state)
+        empty = [i for i in self.state if 0 in _shape(self.jaxpr.invars[i])]
+        roles = assign_roles(self.flows, self.state, empty)
         for i in roles.feedback:
             aval = self.jaxpr.invars[self.state[i]].aval
             if not jnp.issubdtype(aval.dtype, jnp.inexact):  # pyright: ignore[reportAttributeAccessIssue]
@@ -95,15 +98,21 @@ class Trace:
         return roles
 
     @functools.cached_property
-    def has_custom_vjp(self) -> bool:
-        """Whether the map holds a function that has a pullback but no pushforward."""
-        return _contains(self.jaxpr, ("custom_vjp_call", "custom_vjp_call_jaxpr"))
+    def pullback_only(self) -> bool:
+        """Whether what feeds back goes through a function with a pullback alone."""
+        jaxpr, _ = self._part(self.roles.feedback)
+        return _contains(jaxpr, ("custom_vjp_call", "custom_vjp_call_jaxpr"))
 
-    @functools.cache  # noqa: B019 (a trace lives as long as the program compiled from it)
+    def _part(self, outputs: tuple[int, ...]) -> tuple[jec.Jaxpr, list[bool]]:
+        """The equations behind some of the outputs, and which inputs they read."""
+        if outputs not in self._parts:
+            wanted = [i in outputs for i in range(len(self.jaxpr.outvars))]
+            self._parts[outputs] = partial_eval.dce_jaxpr(self.jaxpr, wanted)
+        return self._parts[outputs]
+
     def program(self, outputs: tuple[int, ...]) -> Callable[[Sequence[Array]], list[Array]]:
         """The part of the map that computes some of its outputs, and nothing else."""
-        wanted = [i in outputs for i in range(len(self.jaxpr.outvars))]
-        jaxpr, used = partial_eval.dce_jaxpr(self.jaxpr, wanted)
+        jaxpr, used = self._part(outputs)
         order = sorted(outputs)
 
         def run(inputs: Sequence[Array]) -> list[Array]:
@@ -114,9 +123,13 @@ class Trace:
         return run
 
 
+def _shape(variable: Any) -> tuple[int, ...]:
+    return variable.aval.shape
+
+
 def _fill(statics: tuple[Static | None, ...], arrays: list) -> list:
     left = iter(arrays)
-    return [next(left) if s is None else Held(s.value) for s in statics]
+    return [next(left) if s is None else Held(s) for s in statics]
 
 
 def trace(call: Call, arrays: list) -> tuple[Trace, list, list]:

@@ -20,10 +20,10 @@ from ._implicit import by_jvp, by_vjp
 from ._iterate import iterate, LoopOptions
 from ._outcome import CONVERGED, Outcome
 from ._problem import Trace, trace
-from ._report import poison
+from ._report import mark_failed, poison
 from ._solution import Solution, Stats
 from ._tolerance import Tolerances
-from .linear._transposable import mark_failed, OnFailure, transposable_solve
+from .linear._transposable import OnFailure, transposable_solve
 from .solvers import AbstractSolver
 
 
@@ -88,7 +88,7 @@ def _solve(traced: Trace, tools: Tools, options: Options, consts: list, arrays: 
 
     theta, x0 = [inputs[i] for i in parameters], _tree.stop_gradient([inputs[i] for i in unknown])
     if unknown:
-        x, outcome = _fixed_point(F, theta, x0, tools, options, traced.has_custom_vjp)
+        x, outcome = _fixed_point(F, theta, x0, tools, options, traced)
     else:
         x, outcome = [], _nothing_to_solve(options)
     for i, value in zip(unknown, x, strict=True):
@@ -101,7 +101,7 @@ def _solve(traced: Trace, tools: Tools, options: Options, consts: list, arrays: 
     aux_outputs = tuple(range(n, len(traced.jaxpr.outvars)))
     aux = traced.program(aux_outputs)(inputs) if aux_outputs else []
     out = [inputs[i] for i in state]
-    if options.on_failure != "return":
+    if options.on_failure == "nan":
         out, aux = poison(outcome.code != CONVERGED, (out, aux))
     stats = Stats(
         num_steps=outcome.num_steps,
@@ -124,14 +124,17 @@ def _solve(traced: Trace, tools: Tools, options: Options, consts: list, arrays: 
 
 
 def _fixed_point(
-    F: Callable, theta: list, x0: list, tools: Tools, options: Options, pullback_only: bool
+    F: Callable, theta: list, x0: list, tools: Tools, options: Options, traced: Trace
 ) -> tuple[list, Outcome]:
     """`x = F(theta, x)` from `x0`, with the derivative that the adjoint asks for."""
+    position = {leaf: k for k, leaf in enumerate(traced.roles.feedback)}
+    coarsest = [_tree.epsilon([x0[position[i]] for i in r]) for r in traced.roles.reads]
+    loop = options.loop._replace(epsilons=tuple(coarsest))
 
     def solve(theta: list, fixed: PyTree) -> tuple[list, Outcome]:
         x0, solver, tolerances = eqx.combine(fixed, static)
-        x, outcome = iterate(lambda x: F(theta, x), x0, solver, tolerances, options.loop)
-        if options.on_failure != "return":
+        x, outcome = iterate(lambda x: F(theta, x), x0, solver, tolerances, loop)
+        if options.on_failure == "nan":
             # A point at which derivatives can be taken, though nothing is made of them.
             x = _tree.where(outcome.code != CONVERGED, x0, x)
         return x, outcome
@@ -148,11 +151,11 @@ def _fixed_point(
         return transposable_solve(A, b, adjoint.linear_solver, options.on_failure, failed)
 
     def mark(tangent: list, outcome: Outcome) -> list:
-        if options.on_failure == "return":
+        if options.on_failure != "nan":
             return tangent
         return mark_failed(tangent, outcome.code != CONVERGED)
 
-    if pullback_only or adjoint.rule == "vjp":
+    if traced.pullback_only or adjoint.rule == "vjp":
         x_star = by_vjp(F, solve, linear_solve)
     else:
         x_star = by_jvp(F, solve, linear_solve, mark)

@@ -8,8 +8,9 @@ call for a microsecond. Where there is no proof the map is traced at each call, 
 a millisecond and is always right.
 """
 
-import builtins
+import dataclasses
 import dis
+import sys
 import types
 from collections.abc import Callable
 from typing import Any
@@ -24,7 +25,16 @@ _TRUSTED = {"builtins", "equinox", "implicitjax", "jax", "jaxlib", "jaxtyping", 
 _SCALARS = (bool, int, float, complex, str, bytes, type(None), types.EllipsisType)
 _READS_NAMES = {"LOAD_GLOBAL", "LOAD_NAME"}
 _REFUSED_OPS = {"IMPORT_NAME", "STORE_GLOBAL", "DELETE_GLOBAL", "STORE_ATTR", "LOAD_BUILD_CLASS"}
-_REFUSED_NAMES = {"globals", "locals", "vars", "eval", "exec", "getattr", "open", "input", "next"}
+_BUILTINS = set(
+    "abs all any bool complex dict divmod enumerate float int isinstance len list map max min "
+    "pow print range repr reversed round set slice sorted str sum super tuple zip "
+    "ArithmeticError AssertionError NotImplementedError RuntimeError TypeError ValueError".split()
+)
+# Methods that `dataclasses` and Equinox write, or that run before a map is called.
+_GENERATED = set(
+    "__init__ __post_init__ __check_init__ __repr__ __eq__ __hash__ __setattr__ __delattr__ "
+    "__replace__ __match_args__".split()
+)
 
 Guard = tuple[Callable[[], Any], Any]
 
@@ -68,19 +78,27 @@ class _Inspector:
         """A part of the map or of its arguments: data, module, container or callable."""
         if isinstance(value, (*_SCALARS, np.ndarray, np.generic, jax.Array)):
             return
-        if isinstance(value, (tuple, list)):
+        if type(value) in (tuple, list):
             for item in value:
                 self.visit(item)
-        elif isinstance(value, dict):
+        elif type(value) is dict:
             for item in value.values():
                 self.visit(item)
         elif isinstance(value, eqx.Module):
-            if self._first_time(value):
-                self._class(type(value))
-                for item in vars(value).values():
-                    self.visit(item)
+            self._module(value)
         else:
             self._callable(value)
+
+    def _module(self, module: eqx.Module) -> None:
+        if not self._first_time(module):
+            return
+        self._class(type(module))
+        for field in dataclasses.fields(module):  # pyright: ignore[reportArgumentType]
+            value = getattr(module, field.name, None)
+            if field.metadata.get("static", False):
+                self._read(value)
+            else:
+                self.visit(value)
 
     def _class(self, cls: type) -> None:
         if not self._first_time(cls):
@@ -88,32 +106,34 @@ class _Inspector:
         for base in cls.__mro__:
             if _trusted(base):
                 continue
+            self.guards.append((lambda base=base: len(vars(base)), len(vars(base))))
             fields = getattr(base, "__dataclass_fields__", {})
-            for name in vars(base):
-                if name in fields or (name.startswith("__") and name != "__call__"):
-                    continue
-                if name.startswith("_abc_"):
-                    continue
-                self._member(base, name)
+            for name in list(vars(base)):
+                method = isinstance(getattr(base, name, None), types.FunctionType)
+                data = name.startswith("__") and not method
+                if not (name in fields or name in _GENERATED or data or name.startswith("_abc_")):
+                    self._member(base, name)
 
     def _member(self, base: type, name: str) -> None:
-        member = getattr(base, name, None)
         raw = vars(base)[name]
         self.guards.append((lambda: vars(base).get(name), raw))
         if isinstance(raw, property):
             for function in (raw.fget, raw.fset):
                 if function is not None:
                     self._callable(function)
-        else:
-            self._read(member)
+        elif name != "__class__":
+            self._read(getattr(base, name))
 
     def _read(self, value: Any) -> None:
-        """Something that code reads by name."""
+        """Something that code reads by name, and that must not change under that name."""
         if isinstance(value, Tracer):
             raise _NoProofError
-        if isinstance(value, (*_SCALARS, jax.Array)) or isinstance(value, np.dtype):
+        if isinstance(value, (*_SCALARS, jax.Array, np.dtype)):
             return
-        if isinstance(value, types.ModuleType):
+        if type(value) is tuple:
+            for item in value:
+                self._read(item)
+        elif isinstance(value, types.ModuleType):
             if value.__name__.partition(".")[0] not in _TRUSTED:
                 raise _NoProofError
         else:
@@ -123,7 +143,8 @@ class _Inspector:
         if _trusted(value):
             return
         if isinstance(value, types.MethodType):
-            self.visit(value.__self__)
+            if id(value.__self__) not in self._seen:  # a class method of a class at hand
+                self.visit(value.__self__)
             self._callable(value.__func__)
         elif isinstance(value, types.FunctionType):
             if self._first_time(value):
@@ -132,10 +153,16 @@ class _Inspector:
             raise _NoProofError
 
     def _function(self, function: types.FunctionType) -> None:
-        for default in (function.__defaults__ or ()) + tuple(
-            (function.__kwdefaults__ or {}).values()
-        ):
-            self._read(default)
+        if function.__dict__.keys() - {"__wrapped__"}:
+            raise _NoProofError
+        self.guards += [
+            (lambda: function.__code__, function.__code__),
+            (lambda: function.__defaults__, function.__defaults__),
+            (lambda: function.__kwdefaults__, function.__kwdefaults__),
+            (lambda: len(function.__dict__), len(function.__dict__)),
+        ]
+        self._read(function.__defaults__)
+        self._read(tuple((function.__kwdefaults__ or {}).values()))
         for cell in function.__closure__ or ():
             try:
                 content = cell.cell_contents
@@ -157,17 +184,15 @@ class _Inspector:
                 self._code(constant, namespace)
 
     def _global(self, name: str, namespace: dict[str, Any]) -> None:
-        if name in _REFUSED_NAMES:
-            raise _NoProofError
         if name in namespace:
             value = namespace[name]
             self.guards.append((lambda: namespace.get(name), value))
             self._read(value)
-        else:
-            # A builtin, as long as no global of that name hides it.
+        elif name in _BUILTINS:
+            # As long as no global of that name hides it.
             self.guards.append((lambda: namespace.get(name), None))
-            if not hasattr(builtins, name):
-                raise _NoProofError
+        else:
+            raise _NoProofError
 
 
 def _is_enclosing_class(value: Any) -> bool:
@@ -176,9 +201,18 @@ def _is_enclosing_class(value: Any) -> bool:
 
 
 def _trusted(value: Any) -> bool:
-    if isinstance(value, types.BuiltinFunctionType) and value.__module__ is None:
+    """Whether this very object is what a trusted library calls by its name.
+
+    The name alone proves nothing: `functools.wraps` copies it, and an instance has the
+    `__module__` of its class.
+    """
+    module, name = getattr(value, "__module__", None), getattr(value, "__qualname__", None)
+    name = name or getattr(value, "__name__", None)
+    if not isinstance(module, str) or not isinstance(name, str):
         return False
-    module = getattr(value, "__module__", None)
-    if not isinstance(module, str):
-        return isinstance(value, np.ufunc)
-    return module.partition(".")[0] in _TRUSTED
+    if module.partition(".")[0] not in _TRUSTED:
+        return False
+    found: Any = sys.modules.get(module)
+    for part in name.split("."):
+        found = getattr(found, part, None)
+    return found is value

@@ -5,6 +5,8 @@ needs a host callback, which is compiled only for `on_failure="raise"` and enter
 when something failed, also under vmap.
 """
 
+import dataclasses
+import functools
 import re
 from collections.abc import Callable
 from typing import Any
@@ -19,28 +21,38 @@ from . import _tree
 from ._solution import ConvergenceError, DerivativeError
 
 
+@functools.partial(jax.jit, static_argnums=1)
 def raise_if(
     failed: Bool[Array, ""], raiser: Callable[..., None], operands: dict[str, Array]
 ) -> Bool[Array, ""]:
     """Calls `raiser(failed, operands)` on the host if `failed`; returns `False`.
 
     What depends on the result cannot be computed before the check, nor the check be dropped.
-    Under vmap the raiser sees all lanes at once, with leading axes.
+    Under vmap the raiser sees all lanes at once, with leading axes. It must be hashable: it
+    is part of the program.
     """
     frozen = _tree.stop_gradient(operands)
     shape = jax.ShapeDtypeStruct((), np.dtype(bool))
-
-    def host(failed: Any, operands: dict[str, Any]) -> np.ndarray:
-        failed = np.asarray(failed)
-        if failed.any():
-            raiser(failed, {k: np.asarray(v) for k, v in operands.items()})
-        return np.zeros(failed.shape, bool)
+    check = _Check(raiser)
 
     def call(flag: Bool[Array, ""]) -> Bool[Array, ""]:
-        return jax.pure_callback(host, shape, flag, frozen, vmap_method="broadcast_all")
+        return jax.pure_callback(check, shape, flag, frozen, vmap_method="broadcast_all")
 
     # A loop of one round at most is a conditional that vmap does not turn into a select.
     return lax.while_loop(lambda flag: flag, call, lax.stop_gradient(failed))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Check:
+    """The host's side of `raise_if`; a value, so that programs compare equal."""
+
+    raiser: Callable[..., None]
+
+    def __call__(self, failed: Any, operands: dict[str, Any]) -> np.ndarray:
+        failed = np.asarray(failed)
+        if failed.any():
+            self.raiser(failed, {k: np.asarray(v) for k, v in operands.items()})
+        return np.zeros(failed.shape, bool)
 
 
 def first_failure(failed: np.ndarray, operands: dict[str, Any]) -> tuple[dict[str, Any], str]:
@@ -67,11 +79,10 @@ def public_error(error: Exception) -> Exception | None:
 
 
 def poison(failed: Bool[Array, ""], tree: PyTree) -> PyTree:
-    """NaN in every inexact leaf of `tree` if `failed`.
+    """NaN in every inexact leaf of `tree` if `failed`, and in its derivatives.
 
-    Its derivative is the identity: NaN in the derivative of a failed lane is the business of
-    the rule behind `tree`, which makes it of cotangents that are not zero. So the gradient
-    of a lane that the loss masks away is 0, not NaN.
+    A tangent or cotangent of zero stays zero: the gradient of a lane that the loss masks
+    away is 0, not NaN.
     """
     return jax.tree.map(
         lambda x: _poison(failed, x) if jnp.issubdtype(x.dtype, jnp.inexact) else x, tree
@@ -85,4 +96,20 @@ def _poison(failed: Bool[Array, ""], x: Array) -> Array:
 
 @_poison.defjvp
 def _(primals: tuple, tangents: tuple) -> tuple[Array, Array]:
-    return _poison(*primals), tangents[1]
+    return _poison(*primals), mark_failed([tangents[1]], primals[0])[0]
+
+
+def mark_failed(tangent: list, failed: Bool[Array, ""]) -> list:
+    """The identity, which if `failed` makes NaN of all that is not zero, transposed too.
+
+    Without it a solve that failed could pass on a tangent of zero, where the map happens
+    not to depend on the parameter at the guess.
+    """
+
+    def solve(_: Callable, b: list) -> list:
+        bad = failed & ~_tree.all_zero(b)
+        return [jnp.where(bad, jnp.nan, leaf).astype(leaf.dtype) for leaf in b]
+
+    if not tangent:
+        return tangent
+    return lax.custom_linear_solve(lambda v: v, tangent, solve, transpose_solve=solve)

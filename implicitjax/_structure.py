@@ -164,14 +164,18 @@ class Roles(NamedTuple):
     feedback: tuple[int, ...]
     outputs: tuple[tuple[int, ...], ...]
     groups: tuple[tuple[int, ...], ...]
+    reads: tuple[tuple[int, ...], ...]
 
 
-def assign_roles(flows: Sequence[Flow], inputs: Sequence[int]) -> Roles:
+def assign_roles(flows: Sequence[Flow], inputs: Sequence[int], empty: Sequence[int] = ()) -> Roles:
     """The role of every leaf of the state, from the flow of its output.
 
-    `inputs[i]` is the index, among the inputs of the jaxpr, of leaf `i`.
+    `inputs[i]` is the index, among the inputs of the jaxpr, of leaf `i`; what is read of
+    the `empty` ones, which hold no number, does not count.
     """
     n = len(inputs)
+    nothing = sum(1 << i for i in empty)
+    flows = [Flow(flow.depends & ~nothing, flow.alias) for flow in flows]
     carried = [flows[i].alias == inputs[i] for i in range(n)]
     nodes = [i for i in range(n) if not carried[i]]
     reads = {i: {j for j in nodes if flows[i].depends >> inputs[j] & 1} for i in nodes}
@@ -202,6 +206,7 @@ def assign_roles(flows: Sequence[Flow], inputs: Sequence[int]) -> Roles:
         feedback=tuple(sorted(feedback)),
         outputs=order("output"),
         groups=tuple(ordered),
+        reads=tuple(tuple(sorted({i} | (reach[i] & feedback))) for i in sorted(feedback)),
     )
 
 

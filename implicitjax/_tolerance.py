@@ -22,21 +22,24 @@ class Tolerances(NamedTuple):
 class Scale:
     """The unit in which every number is measured: `atol + rtol |x|`, entry by entry.
 
-    By default `rtol = eps^(2/3)` of the leaf's dtype and `atol = rtol` times the scale of
-    the leaf, the largest of the mean magnitudes of guess, iterate and value, so that the
-    answer does not depend on the units of the unknown. No unit is below `8 eps` times that
-    scale: a tolerance tighter than that is clamped.
+    By default `rtol = eps^(2/3)`, where `eps` is the round-off of the coarsest dtype among
+    the leaves that it depends on (a leaf that is fed by coarser ones is no better), and
+    `atol` is `rtol` times the scale of the leaf, the largest of the mean magnitudes of
+    guess, iterate and value, so that the answer does not depend on the units of the
+    unknown. No unit is below `8 eps` times that scale: a tolerance tighter than that is
+    clamped.
     """
 
-    def __init__(self, tolerances: Tolerances, x0: list):
+    def __init__(self, tolerances: Tolerances, x0: list, epsilons: tuple[float, ...]):
         self.tolerances = tolerances
+        self.epsilons = epsilons
         self.guess = [_tree.magnitude([leaf]) for leaf in _tree.stop_gradient(x0)]
 
     def at(self, x: list, fx: list) -> "Units":
         """The units at the iterate `x` with the value `fx`."""
         asked, reach = [], []
-        for guess, xi, fi in zip(self.guess, x, fx, strict=True):
-            eps, dtype = float(jnp.finfo(xi.dtype).eps), guess.dtype
+        for eps, guess, xi, fi in zip(self.epsilons, self.guess, x, fx, strict=True):
+            dtype = guess.dtype
             size = jnp.abs(xi).astype(dtype)
             typical = jnp.maximum(guess, jnp.maximum(_tree.magnitude([xi]), _tree.magnitude([fi])))
             rtol, atol = self.tolerances

@@ -34,6 +34,7 @@ def execute(path: Path, write: bool = False) -> None:
         extra_arguments=["--log-level=40"],  # errors of the kernel, no notes on its transport
         resources={"metadata": {"path": str(path.parent)}},
     )
+    client.coalesce_streams = True  # what is printed does not depend on when it was sent
     client.execute()
     warnings = [
         output.text

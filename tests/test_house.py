@@ -24,6 +24,7 @@ FLOORS = [
     "solvers",
     "_outcome",
     "_tolerance",
+    "_watch",
     "_iterate",
     "_call",
     "_match",

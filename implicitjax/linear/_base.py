@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float
 
-from .._tree import inner, sub
+from .._tree import all_zero, inner, rms_norm, robust_norm, sub
 
 Vector = list[Array]
 Operator = Callable[[Vector], Vector]
@@ -45,6 +45,17 @@ class AbstractLinearSolver(eqx.Module):
     @abc.abstractmethod
     def solve(self, A: Operator, b: Vector) -> LinearSolution:
         """Returns `u` with `A u = b`, and the residual that it leaves."""
+
+
+def scaled_solve(solver: AbstractLinearSolver, A: Operator, b: Vector) -> LinearSolution:
+    """`solver.solve(A, b)` in units of the size of `b`, so that no square of it overflows or
+    vanishes; for `b = 0` the solution is 0, whatever `A` is.
+    """
+    unit = robust_norm(rms_norm, b).astype(b[0].dtype)
+    trivial = all_zero(b)
+    out = solver.solve(A, [leaf / jnp.where(trivial, 1.0, unit) for leaf in b])
+    value = [jnp.where(trivial, 0.0, leaf * unit) for leaf in out.value]
+    return LinearSolution(value, out.residual, out.tolerance, out.condition, out.trusted | trivial)
 
 
 def default_rtol(dtype: jnp.dtype) -> float:

@@ -12,6 +12,9 @@ from ._base import AbstractSolver, Iterate, Map
 
 # A difference of which this part or less is new starts the window anew.
 _NEW = 0.1
+# An extrapolation failed if it made the residual worse by this factor; then follow at most so
+# many plain steps, until they have made it worse by the last one.
+_WORSE, _PLAIN, _AWAY = 2.0, 64, 1e3
 
 
 class AndersonState(eqx.Module):
@@ -25,6 +28,8 @@ class AndersonState(eqx.Module):
       first axis of each leaf.
     - `P`: the same combinations of the differences of iterates.
     - `active`: which of the `m` columns are in use.
+    - `plain`: how many plain steps are still to be taken; `patience`: how many there will be
+      the next time; `failed_at`: the residual at which they began.
     """
 
     count: Int[Array, ""]
@@ -35,6 +40,9 @@ class AndersonState(eqx.Module):
     V: Iterate
     P: Iterate
     active: Bool[Array, " m"]
+    plain: Int[Array, ""]
+    patience: Int[Array, ""]
+    failed_at: Float[Array, ""]
 
 
 class Anderson(AbstractSolver):
@@ -59,8 +67,10 @@ class Anderson(AbstractSolver):
 
     Departures, each measured in `benchmarks/solvers.py`: the window starts anew when a tenth
     or less of a difference is new, or when the residual has grown, since old differences of
-    a nonlinear map mislead then; and each leaf is measured in units of its own size at the
-    start, so that the answer does not depend on the units of the unknown.
+    a nonlinear map mislead then; where an extrapolation made the residual twice as large or
+    more, plain steps follow, twice as many each time, so that a map that contracts is
+    solved whatever extrapolation does; and each leaf is measured in units of its own size at
+    the start, so that the answer does not depend on the units of the unknown.
 
     Needs `2 memory` stored iterates and `O(memory n)` operations a step; solves maps that
     do not contract.
@@ -91,6 +101,9 @@ class Anderson(AbstractSolver):
             V=columns,
             P=columns,
             active=jnp.zeros((m,), bool),
+            plain=jnp.zeros((), jnp.int32),
+            patience=jnp.ones((), jnp.int32),
+            failed_at=jnp.zeros((), dtype),
         )
 
     def step(
@@ -98,7 +111,7 @@ class Anderson(AbstractSolver):
     ) -> tuple[Iterate, AndersonState]:
         """`x + d (r - V g) - P g` with `g = V^T r`."""
         first = state.count == 0
-        unit = _tree.where(first, _sizes(x, _tree.sub(fx, x)), state.unit)
+        unit = _tree.where(first, _sizes(*_tree.stop_gradient((x, _tree.sub(fx, x)))), state.unit)
         x_hat = [xi / u for xi, u in zip(x, unit, strict=True)]
         r = [(fi - xi) / u for fi, xi, u in zip(fx, x, unit, strict=True)]
         residual = _norm(r)
@@ -119,12 +132,23 @@ class Anderson(AbstractSolver):
         V = _put(state.V, slot, v, length, usable)
         P = _put(state.P, slot, p, length, usable)
 
-        g = jnp.where(active, _tree.inner_columns(V, r), 0.0)
+        # Plain steps after an extrapolation that failed, until they too lead away.
+        failed = ~first & (state.plain == 0) & (residual > _WORSE * state.residual)
+        plain = jnp.where(failed, state.patience, state.plain)
+        patience = jnp.where(failed, jnp.minimum(2 * state.patience, _PLAIN), state.patience)
+        failed_at = jnp.where(failed, residual, state.failed_at)
+        plain = jnp.where(residual > _AWAY * failed_at, 0, plain)
+        extrapolate = plain == 0
+
+        g = jnp.where(active & extrapolate, _tree.inner_columns(V, r), 0.0)
         towards = _tree.sub(r, _tree.combine_columns(V, g))
         along = _tree.sub(x_hat, _tree.combine_columns(P, g))
         x_new = _tree.axpy(self.damping, towards, along)
         out = [xi * u for xi, u in zip(x_new, unit, strict=True)]
-        return out, AndersonState(state.count + 1, unit, x_hat, r, residual, V, P, active)
+        left = jnp.maximum(plain - 1, 0)
+        return out, AndersonState(
+            state.count + 1, unit, x_hat, r, residual, V, P, active, left, patience, failed_at
+        )
 
 
 def _sizes(x: Iterate, r: Iterate) -> list[Array]:
@@ -137,7 +161,9 @@ def _sizes(x: Iterate, r: Iterate) -> list[Array]:
 
 
 def _norm(x: Iterate) -> Float[Array, ""]:
-    return jnp.sqrt(_tree.inner(x, x))
+    """The norm, with the derivative 0 at 0, for those who differentiate the iterations."""
+    squared = _tree.inner(x, x)
+    return jnp.where(squared > 0, jnp.sqrt(jnp.where(squared > 0, squared, 1.0)), 0.0)
 
 
 def _put(columns: Iterate, slot: Array, x: Iterate, length: Array, usable: Array) -> Iterate:

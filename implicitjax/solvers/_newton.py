@@ -5,6 +5,8 @@ import jax
 
 from .._tree import as_reals, axpy, sub
 from ..linear import AbstractLinearSolver, AutoLinearSolver
+from ..linear._base import Operator, scaled_solve, Vector
+from ..linear._transposable import with_derivatives
 from ._base import AbstractSolver, Iterate, Map
 
 
@@ -34,5 +36,8 @@ class Newton(AbstractSolver):
             v = from_reals(v)
             return to_reals(sub(v, jax.jvp(f, (x,), (v,))[1]))
 
-        step = self.linear_solver.solve(A, to_reals(sub(fx, x)))
-        return axpy(1.0, from_reals(step.value), x), None
+        def solve(A: Operator, b: Vector) -> Vector:
+            return scaled_solve(self.linear_solver, A, b).value
+
+        step = with_derivatives(A, to_reals(sub(fx, x)), solve)
+        return axpy(1.0, from_reals(step), x), None
