@@ -68,7 +68,10 @@ def run(report: Report) -> None:
         theirs = (o.get(name) for o in others.values())
         table.row(name, ours[name] / unit, targets.get(name), *theirs)
     report.note("module, function: made once. lambda: made anew by each call, over a captured W")
-    report.note("jaxopt cannot differentiate captured arrays: its lambda takes W as an argument")
+    if jaxopt:
+        report.note(
+            "jaxopt cannot differentiate captured arrays: its lambda takes W as an argument"
+        )
 
 
 Solve = Callable[[Callable[[Array, Array], Array], Array, Array], Array]

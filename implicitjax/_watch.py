@@ -82,8 +82,8 @@ def look_back(
         cycle = (moved <= floor) & (residual > 100 * floor)
         patience = 24 + jnp.maximum(watch.amplification, amplification)
         noise = (residual <= 100 * floor) & ((step - best_at).astype(patience.dtype) >= patience)
-        alarm = jnp.where(grown, DIVERGED, jnp.where(noise, ROUNDOFF, RUNNING))
-        alarm = jnp.where(cycle, STAGNATED, alarm).astype(jnp.int32)
+        alarm = jnp.where(cycle, STAGNATED, jnp.where(noise, ROUNDOFF, RUNNING))
+        alarm = jnp.where(grown, DIVERGED, alarm).astype(jnp.int32)
         turn = (step & (step - 1)) == 0
         return _tree.where(turn, (x, r), watch.reference), seen, floor, alarm
 

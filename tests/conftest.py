@@ -18,3 +18,10 @@ def x32():
     """Runs a test with 64-bit types off, as most users have them."""
     with jax.enable_x64(False):
         yield
+
+
+@pytest.fixture
+def standard_promotion():
+    """Runs a test in which the map itself promotes, as complex arithmetic with reals does."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
