@@ -8,6 +8,7 @@ when something failed, also under vmap.
 import dataclasses
 import functools
 import re
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -25,21 +26,28 @@ from ._solution import ConvergenceError, DerivativeError
 def raise_if(
     failed: Bool[Array, ""], raiser: Callable[..., None], operands: dict[str, Array]
 ) -> Bool[Array, ""]:
-    """Calls `raiser(failed, operands)` on the host if `failed`; returns `False`.
+    """Calls `raiser(failed, operands)` on the host if `failed`; returns what is left to mark.
 
     What depends on the result cannot be computed before the check, nor the check be dropped.
     Under vmap the raiser sees all lanes at once, with leading axes. It must be hashable: it
     is part of the program.
+
+    An exception would leave the other devices of a mesh waiting for one that is gone, so
+    that with more than one device in the process the exception becomes a warning with the
+    same words, and the result tells which lanes to make NaN of.
     """
     frozen = _tree.stop_gradient(operands)
     shape = jax.ShapeDtypeStruct((), np.dtype(bool))
     check = _Check(raiser)
 
-    def call(flag: Bool[Array, ""]) -> Bool[Array, ""]:
-        return jax.pure_callback(check, shape, flag, frozen, vmap_method="broadcast_all")
+    def call(carry: tuple) -> tuple:
+        flag, _ = carry
+        told = jax.pure_callback(check, shape, flag, frozen, vmap_method="broadcast_all")
+        return jnp.zeros_like(flag), told
 
     # A loop of one round at most is a conditional that vmap does not turn into a select.
-    return lax.while_loop(lambda flag: flag, call, lax.stop_gradient(failed))
+    failed = lax.stop_gradient(failed)
+    return lax.while_loop(lambda carry: carry[0], call, (failed, jnp.zeros_like(failed)))[1]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,8 +59,13 @@ class _Check:
     def __call__(self, failed: Any, operands: dict[str, Any]) -> np.ndarray:
         failed = np.asarray(failed)
         if failed.any():
-            self.raiser(failed, {k: np.asarray(v) for k, v in operands.items()})
-        return np.zeros(failed.shape, bool)
+            try:
+                self.raiser(failed, {k: np.asarray(v) for k, v in operands.items()})
+            except (ConvergenceError, DerivativeError) as error:
+                if jax.device_count() == 1:
+                    raise
+                warnings.warn(f"{type(error).__name__}: {error}", RuntimeWarning, stacklevel=2)
+        return failed
 
 
 def first_failure(failed: np.ndarray, operands: dict[str, Any]) -> tuple[dict[str, Any], str]:
