@@ -4,7 +4,7 @@ import dataclasses
 import inspect
 import operator
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import equinox as eqx
 import jax
@@ -20,11 +20,10 @@ from ._check import nonnegative, positive_int
 from ._iterate import LoopOptions
 from ._outcome import CONVERGED, RESULT_NAMES
 from ._problem import trace
-from ._program import Options, solve_by_structure, solve_by_trace, Solved, Statics, Tools
+from ._program import Options, solve_by_structure, solve_by_trace, Solved, Statics
 from ._purity import Certificate, certify
 from ._report import first_failure, poison, public_error, raise_if
 from ._solution import convergence_message, ConvergenceError, Solution
-from ._tolerance import Tolerances
 from .linear._transposable import OnFailure
 from .solvers import AbstractSolver, Anderson
 
@@ -106,18 +105,23 @@ def implicit_fixed_point(
     2002, theorem 3.3.1; for automatic differentiation Christianson, *Optimization Methods
     and Software* 3, 1994.
     """
-    tools = Tools(solver, adjoint, Tolerances(rtol, atol))
-    _check_tools(tools)
+    nonnegative("rtol", rtol)
+    nonnegative("atol", atol)
+    methods = _split(solver, adjoint)
     max_steps = _steps(max_steps)
-    unrolled = isinstance(adjoint, UnrolledAdjoint)
     loop = LoopOptions(
-        max_steps, norm, early_stop and not unrolled, history, on_failure == "return", progress
+        max_steps,
+        norm,
+        early_stop and not methods.unrolled,
+        history,
+        on_failure == "return",
+        progress,
     )
     options = Options(loop, has_aux, on_failure)
     _check_options(options)
 
     call, arrays = split_call(f, x0, args, has_aux)
-    tool_arrays, tool_statics = _split(tools)
+    tool_arrays, tool_statics = [methods.arrays, rtol, atol], methods.statics
     certificate = _certificate(call, f, x0, args)
     try:
         if certificate is not None and certificate.holds():
@@ -158,24 +162,35 @@ def _certificate(call: Call, f: Any, x0: Any, args: tuple) -> Certificate | None
     return certificate
 
 
-def _split(tools: Tools) -> tuple[list, Statics]:
-    """Arrays and tolerances are inputs of the program; the rest is part of its key."""
-    key = (id(tools.solver), id(tools.adjoint))
-    if key in _methods:
-        _, _, statics = _methods[key]
-        return [[], *tools.tolerances], statics
-    leaves, treedef = jax.tree.flatten((tools.solver, tools.adjoint))
-    arrays = [leaf for leaf in leaves if is_array(leaf)]
-    statics = Statics(treedef, tuple(None if is_array(x) else Static(x) for x in leaves))
-    if not arrays:
-        if len(_methods) >= _MAX_REMEMBERED:
-            _methods.clear()
-        _methods[key] = (tools.solver, tools.adjoint, statics)
-    return [arrays, *tools.tolerances], statics
+class _Methods(NamedTuple):
+    """A solver and an adjoint, checked, and split into arrays and the rest."""
+
+    held: tuple[AbstractSolver, AbstractAdjoint]
+    arrays: list
+    statics: Statics
+    unrolled: bool
 
 
 # Methods without arrays, by identity; they are held, so that no other gets the same `id`.
-_methods: dict[tuple[int, int], tuple] = {}
+_methods: dict[tuple[int, int], _Methods] = {}
+
+
+def _split(solver: AbstractSolver, adjoint: AbstractAdjoint) -> _Methods:
+    """Arrays are inputs of the program; the rest is part of its key."""
+    key = (id(solver), id(adjoint))
+    if key in _methods:
+        return _methods[key]
+    _check_methods(solver, adjoint)
+    leaves, treedef = jax.tree.flatten((solver, adjoint))
+    arrays = [leaf for leaf in leaves if is_array(leaf)]
+    statics = Statics(treedef, tuple(None if is_array(x) else Static(x) for x in leaves))
+    unrolled = isinstance(adjoint, UnrolledAdjoint)
+    methods = _Methods((solver, adjoint), arrays, statics, unrolled)
+    if not arrays:
+        if len(_methods) >= _MAX_REMEMBERED:
+            _methods.clear()
+        _methods[key] = methods
+    return methods
 
 
 def _report(solved: Solved, on_failure: OnFailure) -> Solution:
@@ -224,17 +239,13 @@ class ConvergenceFailure:
         raise ConvergenceError(convergence_message(result, info, lane))
 
 
-def _check_tools(tools: Tools) -> None:
-    if not isinstance(tools.solver, AbstractSolver):
+def _check_methods(solver: Any, adjoint: Any) -> None:
+    if not isinstance(solver, AbstractSolver):
         raise TypeError(
-            f"solver must be one such as Anderson(), Newton() or Picard(), got {tools.solver!r}."
+            f"solver must be one such as Anderson(), Newton() or Picard(), got {solver!r}."
         )
-    if not isinstance(tools.adjoint, (ImplicitAdjoint, UnrolledAdjoint)):
-        raise TypeError(
-            f"adjoint must be ImplicitAdjoint() or UnrolledAdjoint(), got {tools.adjoint!r}."
-        )
-    nonnegative("rtol", tools.tolerances.rtol)
-    nonnegative("atol", tools.tolerances.atol)
+    if not isinstance(adjoint, (ImplicitAdjoint, UnrolledAdjoint)):
+        raise TypeError(f"adjoint must be ImplicitAdjoint() or UnrolledAdjoint(), got {adjoint!r}.")
 
 
 def _steps(max_steps: Any) -> int:

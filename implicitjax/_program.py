@@ -81,10 +81,8 @@ def _solve(traced: Trace, tools: Tools, options: Options, consts: list, arrays: 
     map_ = traced.program(roles.feedback)
 
     def F(theta: list, x: list) -> list:
-        full = list(inputs)
-        for i, value in zip((*parameters, *unknown), (*theta, *x), strict=True):
-            full[i] = value
-        return map_(full)
+        full = dict(zip((*parameters, *unknown), (*theta, *x), strict=True))
+        return map_([full[i] for i in range(len(full))])
 
     theta, x0 = [inputs[i] for i in parameters], _tree.stop_gradient([inputs[i] for i in unknown])
     if unknown:

@@ -83,18 +83,27 @@ def inner_columns(columns: PyTree, x: PyTree) -> Float[Array, " m"]:
     dtype = accumulation_dtype(columns, x)
 
     def leaf(ci: Array, xi: Array) -> Array:
-        return jnp.sum(_real_product(ci, xi[None], dtype), axis=tuple(range(1, ci.ndim)))
+        if _explicitly_sharded(xi):  # a contraction of such an axis is an error
+            return jnp.sum(_real_product(ci, xi[None], dtype), axis=tuple(range(1, ci.ndim)))
+        ci, xi = widen(ci, dtype), widen(xi, dtype)
+        pairs = [(ci.real, xi.real), (ci.imag, xi.imag)] if jnp.iscomplexobj(ci) else [(ci, xi)]
+        dots = [jnp.tensordot(c, v, axes=v.ndim, precision="highest") for c, v in pairs]
+        return sum(dots[1:], dots[0])
 
     return sum(jax.tree.leaves(jax.tree.map(leaf, columns, x)), jnp.zeros((), dtype))
+
+
+def _explicitly_sharded(x: Array) -> bool:
+    return any(axis is not None for axis in jax.typeof(x).sharding.spec)
 
 
 def combine_columns(columns: PyTree, weights: Float[Array, " m"]) -> PyTree:
     """`sum_i weights_i column_i`, every leaf in its own dtype."""
 
     def leaf(ci: Array) -> Array:
-        w = weights.reshape((-1,) + (1,) * (ci.ndim - 1))
         wide = widen(ci, weights.dtype)
-        return jnp.sum(w.astype(wide.dtype) * wide, axis=0).astype(ci.dtype)
+        combined = jnp.tensordot(weights.astype(wide.dtype), wide, axes=1, precision="highest")
+        return combined.astype(ci.dtype)
 
     return jax.tree.map(leaf, columns)
 

@@ -143,6 +143,112 @@ def test_arrays_and_lists_changed_in_place_are_seen():
     np.testing.assert_allclose([first, second], [2.0, 4.0], rtol=1e-9)
 
 
+STALE = """
+import functools
+from typing import NamedTuple
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+
+w = 1.0
+
+def act(x):
+    return 0.5 * x + w
+
+def helper(x, shift=None):
+    return 0.5 * x + (w if shift is None else shift)
+
+layer = eqx.nn.Lambda(act)
+partial = jax.tree_util.Partial(act)
+
+@functools.wraps(jnp.tanh)
+def disguised(x):
+    return 0.5 * x + w
+
+class Item(eqx.Module):
+    a: object
+    def __getitem__(self, i):
+        return w
+    def __call__(self, x):
+        return 0.5 * x + self[0]
+
+class Static(eqx.Module):
+    d: dict = eqx.field(static=True)
+    def __call__(self, x):
+        return 0.5 * x + self.d["w"]
+
+class Pair(NamedTuple):
+    a: object
+    def shifted(self, x):
+        return self.a * x + w
+
+class Base(eqx.Module):
+    a: object
+    def shift(self):
+        return 1.0
+    def __call__(self, x):
+        return self.a * x + self.shift()
+
+class Sub(Base):
+    pass
+
+def by_layer(x):
+    return layer(x)
+
+def by_partial(x):
+    return partial(x)
+
+def by_disguise(x):
+    return disguised(x)
+
+def by_pair(x, pair):
+    return pair.shifted(x)
+
+def by_default(x):
+    return helper(x)
+
+def by_attribute(x):
+    return 0.5 * x + by_attribute.w
+
+by_attribute.w = 1.0
+table = {"w": 1.0}
+cases = {
+    "layer": (by_layer, ()),
+    "partial": (by_partial, ()),
+    "disguise": (by_disguise, ()),
+    "pair": (by_pair, (Pair(jnp.asarray(0.5)),)),
+    "item": (Item(jnp.asarray(0.5)), ()),
+    "static": (Static(table), ()),
+    "default": (by_default, ()),
+    "attribute": (by_attribute, ()),
+    "inherited": (Sub(jnp.asarray(0.5)), ()),
+}
+
+def change():
+    global w
+    w = 2.0
+    table["w"] = 2.0
+    by_attribute.w = 2.0
+    helper.__defaults__ = (2.0,)
+    Sub.shift = lambda self: 2.0
+"""
+
+
+@pytest.mark.filterwarnings("ignore:unhashable type")
+@pytest.mark.parametrize(
+    "name",
+    "layer partial disguise pair item static default attribute inherited".split(),
+)
+def test_what_the_bytecode_hides_is_seen(name):
+    module = types.ModuleType("hidden")
+    exec(compile(STALE, "hidden", "exec"), module.__dict__)
+    f, args = module.cases[name]
+    before = ij.implicit_fixed_point(f, jnp.asarray(0.0), *args).value
+    module.change()
+    after = ij.implicit_fixed_point(f, jnp.asarray(0.0), *args).value
+    np.testing.assert_allclose([before, after], [2.0, 4.0], rtol=1e-9)
+
+
 class Affine(eqx.Module):
     a: jax.Array
     power: int = 1
@@ -193,3 +299,12 @@ def test_a_closure_over_a_tracer_neither_leaks_nor_fails():
     with jax.checking_leaks():
         np.testing.assert_allclose(jax.grad(root)(4.0), 0.25, rtol=1e-8)
         np.testing.assert_allclose(jax.jit(jax.grad(root))(9.0), 1 / 6, rtol=1e-8)
+
+
+def test_a_traced_damping_neither_leaks_nor_fails():
+    def solve(damping):
+        return ij.implicit_fixed_point(jnp.cos, 1.0, solver=ij.Picard(damping=damping)).value
+
+    with jax.checking_leaks():
+        np.testing.assert_allclose(jax.jit(solve)(0.7), 0.7390851332151607, rtol=1e-9)
+        np.testing.assert_allclose(jax.grad(solve)(0.7), 0.0)

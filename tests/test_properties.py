@@ -13,6 +13,7 @@ imaginary parts, so that no map of a complex leaf is holomorphic.
 import dataclasses
 import math
 import os
+import zlib
 from typing import Any
 
 import equinox as eqx
@@ -28,7 +29,8 @@ import implicitjax as ij
 CASES = int(os.environ.get("IMPLICITJAX_CASES", "120"))
 SEED = int(os.environ.get("IMPLICITJAX_SEED", "0"))
 PER_STRUCTURE = 20
-LANES = (5, 2, 2)  # of the first, second, third axis that `vmap` or `scan` adds
+LANES = (10, 2, 1)  # of the first, second, third axis that `vmap` or `scan` adds
+SAFETY = 2  # between the tolerance that the solver is asked for and the one that is tested
 
 HALF, SINGLE, DOUBLE = ("bfloat16", "float16"), ("float32", "complex64"), ("float64", "complex128")
 FAMILIES = [*((d,) for d in (*DOUBLE, *DOUBLE, *SINGLE, *HALF)), DOUBLE, DOUBLE + SINGLE]
@@ -256,9 +258,13 @@ def transform(s: Structure, name: str, f: Any) -> Any:
         "vmap": lambda: jax.vmap(f),
         "scan": lambda: lambda *a: lax.scan(body, None, a)[1],
         "grad": lambda: jax.grad(lambda t, system: f(t, system).sum()),
-        "jvp": lambda: lambda t, system: jax.jvp(
-            lambda t: f(t, system), (t,), (jnp.full_like(t, 1 + 1j if jnp.iscomplexobj(t) else 1),)
-        )[1],
+        "jvp": lambda: (
+            lambda t, system: jax.jvp(
+                lambda t: f(t, system),
+                (t,),
+                (jnp.full_like(t, 1 + 1j if jnp.iscomplexobj(t) else 1),),
+            )[1]
+        ),
         "jacrev": lambda: lambda *a: jacobian(jax.jacrev, *a),
         "jacfwd": lambda: lambda *a: jacobian(jax.jacfwd, *a),
     }[name]()
@@ -299,8 +305,10 @@ def by_parameter(s: Structure, B: np.ndarray) -> np.ndarray:
     return B + 0.25 * sum(leaf.reals for leaf in s.leaves if leaf.role == "source")
 
 
-def series(s: Structure, v: dict[str, np.ndarray], direction: Any, order: int) -> np.ndarray:
-    """The derivative of the answer of this order along a direction, in float64.
+def series(s: Structure, v: dict, direction: Any, order: int) -> np.ndarray:
+    """The derivative of the answer of this order along a direction, in float64, and how far
+    off it may be: an error of `rtol` in the solution, relative to the largest number in sight,
+    grows by `1 + |(I - J)^-1|` with each order.
 
     The implicit function theorem, order by order: with Taylor coefficients `x_k`, `u_k` and
     `s_k` of `x`, of `u = W x + B t + c` and of `da/du = s`, `k x_k = sum_j j u_j s_(k-j)`,
@@ -312,15 +320,20 @@ def series(s: Structure, v: dict[str, np.ndarray], direction: Any, order: int) -
     x, u, slopes = [v["x"]], [np.zeros(n)], [slope(s, v["x"])]
     if s.affine:
         x = [np.linalg.solve(np.eye(n) - W, B @ v["t"] + v["c"] + s.shift)]
+    A = np.eye(n) - slopes[0][:, None] * W
     for k in range(1, order + 1):
         known = sum((j * u[j] * slopes[k - j] for j in range(1, k)), np.zeros(n)) / k
-        A = np.eye(n) - slopes[0][:, None] * W
         x.append(np.linalg.solve(A, slopes[0] * (B @ t[k]) + known))
         u.append(W @ x[k] + B @ t[k])
         slopes.append(0 * x[0] if s.affine else -sum(x[j] * x[k - j] for j in range(k + 1)))
     z = [leaves_of(s, v, x[k], t[k], k) for k in range(order + 1)]
     square = sum(z[j] * z[order - j] for j in range(order + 1))
-    return math.factorial(order) * (v["w"] * z[order] + v["q"] * square)
+    size, growth = (
+        np.abs(z).max(),
+        1 + np.linalg.norm(np.linalg.inv(np.eye(n) - slopes[0][:, None] * W), 2),
+    )
+    off = SAFETY * s.rtol * growth**order * size * (np.abs(v["w"]) + 2 * np.abs(v["q"]) * size)
+    return math.factorial(order) * np.stack([v["w"] * z[order] + v["q"] * square, off])
 
 
 def leaves_of(s: Structure, v: dict, x: np.ndarray, t: np.ndarray, k: int) -> np.ndarray:
@@ -342,27 +355,22 @@ def leaves_of(s: Structure, v: dict, x: np.ndarray, t: np.ndarray, k: int) -> np
     return np.concatenate(out)
 
 
-def expected(s: Structure, v: dict[str, np.ndarray]) -> np.ndarray:
+def expected(s: Structure, v: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """The answer and the tolerance of each of its numbers."""
     order = len(s.derivatives)
     if s.parameter.reals == 1 or order == 0 or "jvp" in s.derivatives:
-        out = series(s, v, 1.0, order)
+        want, off = series(s, v, 1.0, order)
     else:
-        out = np.stack([series(s, v, e, 1) for e in np.eye(s.parameter.reals)], axis=-1)
-    out = out.sum(0) if "grad" in s.derivatives else out
-    if s.parameter.dtype.startswith("complex") and "grad" in s.derivatives:
-        out = out[..., 0] - 1j * out[..., 1]  # as JAX has it
-    return out
-
-
-def tolerance(s: Structure, v: dict[str, np.ndarray]) -> float:
-    """`SAFETY rtol`, times what the derivatives amplify."""
-    order = len(s.derivatives)
-    inverse = np.linalg.norm(np.linalg.inv(np.eye(s.n) - slope(s, v["x"])[:, None] * v["W"]), 2)
-    return s.rtol * (1 + inverse) ** order
+        want, off = np.stack([series(s, v, e, 1) for e in np.eye(s.parameter.reals)], axis=-1)
+    if "grad" in s.derivatives:
+        want, off = want.sum(0), np.linalg.norm(off, axis=0)
+        if s.parameter.dtype.startswith("complex"):
+            want, off = want[0] - 1j * want[1], off.max()  # the convention of JAX
+    return want, off
 
 
 def check(s: Structure) -> int:
-    rng = np.random.default_rng(s.seed)
+    rng = np.random.default_rng(zlib.crc32(repr(s).encode()))
     f: Any = lambda t, system: answer(s, t, system)
     lanes = []
     for name in s.transformations:
@@ -371,19 +379,24 @@ def check(s: Structure) -> int:
             lanes.insert(0, LANES[len(lanes)])
     shape, systems = tuple(lanes), [numbers(s, rng) for _ in range(PER_STRUCTURE)]
     stride = math.prod(lanes)
+    f = f if stride >= 10 else jax.jit(f)  # two calls at the most are worth no compilation
     for first in range(0, PER_STRUCTURE, stride):
         group = systems[first : first + stride]
-        batch = {k: np.stack([v[k] for v in group]).reshape(*shape, *group[0][k].shape) for k in group[0]}
+        batch = {
+            k: np.stack([v[k] for v in group]).reshape(*shape, *group[0][k].shape) for k in group[0]
+        }
         t = batch.pop("t")
         if s.parameter.dtype.startswith("complex"):
             t = t[..., 0] + 1j * t[..., 1]
         t = jnp.asarray(np.reshape(t, (*shape, *s.parameter.shape)), s.parameter.dtype)
-        got = np.asarray(f(t, {k: jnp.asarray(a) for k, a in batch.items() if k != "x"}))
+        got = np.asarray(f(t, jax.tree.map(jnp.asarray, batch)))
         want = [expected(s, v) for v in group]
-        got = got.reshape(stride, *want[0].shape)
-        for g, w, v in zip(got, want, group, strict=True):
-            RATIOS.append((np.abs(g - w).max() / tolerance(s, v), s))
+        got = got.reshape(stride, *want[0][0].shape)
+        for have, (value, off) in zip(got, want, strict=True):
+            RATIOS.append(((np.abs(have - value) / off).max(), s))
     return PER_STRUCTURE
+
+
 RATIOS = []
 
 
@@ -397,17 +410,13 @@ def test_random_systems_under_random_transformations(capsys):
         deadline=None,
         derandomize=False,
         print_blob=True,
-        phases=[hypothesis.Phase.generate],
+        phases=[hypothesis.Phase.generate],  # each step of shrinking is a compilation
         suppress_health_check=list(hypothesis.HealthCheck),
     )
     @hypothesis.given(structures())
     def run(s: Structure) -> None:
         nonlocal count
-        import time
-        t0 = time.time()
         count += check(s)
-        with capsys.disabled():
-            print(f"{time.time()-t0:.1f} {s.kind} {[l.role[:2]+l.dtype+str(l.shape) for l in s.leaves]} {s.transformations} {s.solver} {s.adjoint.rule} {s.passed} {s.parameter.dtype} {s.parameter.shape} ratio {max(r for r, q in RATIOS if q is s):.2g}")
 
     run()
     with capsys.disabled():

@@ -88,7 +88,8 @@ class Anderson(AbstractSolver):
 
     def init(self, x: Iterate) -> AndersonState:
         """An empty window."""
-        m = min(self.memory, 2 * _tree.size(x))  # a complex entry is two unknowns
+        unknowns = sum(xi.size * (2 if jnp.iscomplexobj(xi) else 1) for xi in x)
+        m = min(self.memory, unknowns)
         zeros = jax.tree.map(jnp.zeros_like, x)
         columns = jax.tree.map(lambda xi: jnp.zeros((m, *xi.shape), xi.dtype), x)
         dtype = _tree.accumulation_dtype(x)
