@@ -130,7 +130,7 @@ def implicit_fixed_point(
             traced, consts, arrays = trace(call, arrays)
             solved = solve_by_trace(traced, tool_statics, options, consts, arrays, tool_arrays)
         return _report(solved, on_failure)
-    except jax.errors.JaxRuntimeError as error:  # of a callback, in eager forward mode
+    except (jax.errors.JaxRuntimeError, ValueError) as error:  # of a callback, by JAX
         plain = public_error(error)
         if plain is None:
             raise

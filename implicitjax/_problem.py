@@ -20,6 +20,7 @@ from ._call import Call, Held, is_array, Static
 from ._fingerprint import fingerprint
 from ._match import match
 from ._structure import assign_roles, dependencies, Roles
+from ._table import Leaf, Structure
 
 
 class Output(NamedTuple):
@@ -93,9 +94,18 @@ class Trace:
                 raise TypeError(
                     f"The leaf {self.paths[i]} of the state, {aval}, is not of a float or complex "
                     "dtype, but the map reads it again: an unknown must be continuous. Make it a "
-                    "float, or take it out of the state."
+                    "float, or take it out of the state.\n" + self.table(roles).brief()
                 )
         return roles
+
+    def table(self, roles: Roles) -> Structure:
+        """The roles of the array leaves of the state, for people."""
+        group = {i: number for number, group in enumerate(roles.groups, start=1) for i in group}
+        leaves = []
+        for i, (path, position) in enumerate(zip(self.paths, self.state, strict=True)):
+            aval: Any = self.jaxpr.invars[position].aval
+            leaves.append(Leaf(path, aval.shape, aval.dtype, roles.roles[i], group.get(i)))
+        return Structure(tuple(leaves), len(roles.groups))
 
     @functools.cached_property
     def pullback_only(self) -> bool:

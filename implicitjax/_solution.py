@@ -52,7 +52,7 @@ class Stats(eqx.Module):
     - `residual_norm`: `norm(f(x) - x)` at the returned value, in the units of `x`.
     - `error_estimate`: an estimate of `norm(x - x*)` at the returned value, in the same
       units; this, not the residual, is what the tolerances bound.
-    - `contraction_rate`: by what factor a step reduced the residual, near the end; 0
+    - `contraction_rate`: the factor by which a step multiplied the residual, near the end; 0
       where no step was needed.
     - `tolerance_clamped`: whether the tolerances lay below the round-off of the dtype,
       so that the solve was held to what the dtype can reach instead.
@@ -105,8 +105,8 @@ def convergence_message(result: str, info: dict[str, Any], lane: str = "") -> st
         f"The fixed point was not reached{lane}: {result}.\n"
         f"  after {info['num_steps']} steps the residual norm is "
         f"{info['residual_norm']:.3e}\n"
-        f"  the estimated error is {info['ratio']:.3e} times the tolerance, and a step "
-        f"reduced the residual by a factor of {info['contraction_rate']:.4g}\n"
+        f"  the estimated error is {info['ratio']:.3e} times the tolerance, and the last steps "
+        f"multiplied the residual by {info['contraction_rate']:.4g} each\n"
         f"  the worst leaf is {info['leaf']}\n"
         f"{Result[getattr(Result, result)]}\n"
         'Pass `on_failure="return"` for the best iterate with its result, or "nan" for NaN.'

@@ -1,80 +1,14 @@
 """What to look at: the role of every leaf of a map."""
 
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import jax
 from jaxtyping import PyTree
 
 from ._call import split_call
 from ._problem import trace
-
-
-class Leaf(NamedTuple):
-    """One leaf of the state.
-
-    - `path`: where it is, such as `x0['soil'].temperature`.
-    - `shape`, `dtype`: of the array; `None` for a leaf that is no array.
-    - `role`: `"carried"`, `"source"`, `"feedback"`, `"output"`, or `"static"` for a leaf that is
-      no array.
-    - `group`: for a leaf that feeds back the number of its strongly connected group, in an
-      order in which the groups could be solved one after another; otherwise `None`.
-    """
-
-    path: str
-    shape: tuple[int, ...] | None
-    dtype: Any
-    role: str
-    group: int | None
-
-    @property
-    def size(self) -> int:
-        """How many numbers it holds."""
-        size = 1
-        for extent in self.shape or ():
-            size *= extent
-        return size if self.shape is not None else 0
-
-
-class Structure(NamedTuple):
-    """The roles of all leaves of a state; prints as a table.
-
-    - `leaves`: a `Leaf` for every leaf of the guess, in the order of `jax.tree.leaves`.
-    - `num_groups`: how many strongly connected groups the unknown has.
-    """
-
-    leaves: tuple[Leaf, ...]
-    num_groups: int
-
-    def select(self, role: str) -> tuple[Leaf, ...]:
-        """The leaves of one role."""
-        return tuple(leaf for leaf in self.leaves if leaf.role == role)
-
-    def __str__(self) -> str:
-        return "\n".join(self._lines())
-
-    def _lines(self) -> Iterator[str]:
-        width = max([len(leaf.path) for leaf in self.leaves], default=4)
-        kinds = [_kind(leaf) for leaf in self.leaves]
-        wide = max([5, *map(len, kinds)])
-        yield f"{'leaf':{width}}  {'array':{wide}}  role"
-        for leaf, kind in zip(self.leaves, kinds, strict=True):
-            group = "" if leaf.group is None or self.num_groups == 1 else f", group {leaf.group}"
-            yield f"{leaf.path:{width}}  {kind:{wide}}  {leaf.role}{group}"
-        count, total = len(self.leaves), sum(leaf.size for leaf in self.leaves)
-        for role in ("carried", "source", "feedback", "output"):
-            chosen = self.select(role)
-            numbers = sum(leaf.size for leaf in chosen)
-            yield f"{role:9} {len(chosen):5} of {count} leaves, {numbers:8} of {total} numbers"
-        if self.num_groups > 1:
-            yield (
-                f"The unknown falls into {self.num_groups} groups that could be solved one after "
-                "another."
-            )
-
-
-def _kind(leaf: Leaf) -> str:
-    return "" if leaf.shape is None else f"{leaf.dtype}{list(leaf.shape)}"
+from ._table import Leaf, Structure
 
 
 def structure(f: Callable[..., Any], x0: PyTree, *args: Any, has_aux: bool = False) -> Structure:
@@ -99,7 +33,8 @@ def structure(f: Callable[..., Any], x0: PyTree, *args: Any, has_aux: bool = Fal
 
     **Raises**
 
-    `TypeError` for a map that does not fit its guess, or in which an integer feeds back.
+    `TypeError` for a map that does not fit its guess, or in which an integer feeds back; the
+    latter shows the table.
 
     ```python
     >>> import jax.numpy as jnp, implicitjax as ij
@@ -120,15 +55,9 @@ def structure(f: Callable[..., Any], x0: PyTree, *args: Any, has_aux: bool = Fal
     """
     call, arrays = split_call(f, x0, args, has_aux)
     traced, _, arrays = trace(call, arrays)
-    roles = traced.roles
-    groups = {i: number for number, group in enumerate(roles.groups, start=1) for i in group}
-    known = {}
-    for i, (path, position) in enumerate(zip(traced.paths, traced.state, strict=True)):
-        aval = traced.jaxpr.invars[position].aval
-        shape, dtype = aval.shape, aval.dtype  # pyright: ignore[reportAttributeAccessIssue]
-        known[path] = Leaf(path, shape, dtype, roles.roles[i], groups.get(i))
+    known = {leaf.path: leaf for leaf in traced.table(traced.roles).leaves}
     leaves = []
     for path, _ in jax.tree_util.tree_flatten_with_path(x0)[0]:
         name = "x0" + jax.tree_util.keystr(path)
         leaves.append(known.get(name, Leaf(name, None, None, "static", None)))
-    return Structure(tuple(leaves), len(roles.groups))
+    return Structure(tuple(leaves), len(traced.roles.groups))

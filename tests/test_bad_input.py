@@ -55,8 +55,22 @@ def test_an_integer_that_feeds_back_is_named():
         x, n = state
         return 0.5 * x + n, n // 2
 
-    with pytest.raises(TypeError, match=r"x0\[1\].*int64.*continuous"):
+    with pytest.raises(TypeError, match=r"x0\[1\].*int64.*continuous") as info:
         solve(f, (jnp.ones(2), jnp.asarray(3)))
+    table = [line.split() for line in str(info.value).splitlines()[1:]]
+    assert table[0] == ["leaf", "array", "role"]
+    assert table[1] == ["x0[0]", "float64[2]", "feedback,", "group", "2"]
+    assert table[2] == ["x0[1]", "int64[]", "feedback,", "group", "1"]
+
+
+def test_of_a_large_state_the_error_shows_what_feeds_back():
+    def f(state):
+        return {**state, "x": 0.5 * state["x"] + state["n"], "n": state["n"] // 2}
+
+    state = {f"constant{i}": jnp.ones(2) for i in range(100)}
+    with pytest.raises(TypeError, match=r"carried +100 of 102 leaves") as info:
+        solve(f, {**state, "x": jnp.ones(2), "n": jnp.asarray(3)})
+    assert len(str(info.value).splitlines()) < 15
 
 
 @pytest.mark.parametrize(

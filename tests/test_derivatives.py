@@ -166,8 +166,9 @@ def test_two_unknowns_of_different_shapes():
             np.testing.assert_allclose(got, want, atol=1e-8)
     history, steps = solution.stats.residual_history, int(solution.stats.num_steps)
     assert [h.shape for h in history] == [(1001,), (1001,)]
-    for h in history:
-        assert (h[: steps + 1] >= 0).all() and h[1] > h[steps] and (h[steps + 1 :] == 0).all()
+    for h in history:  # of the second unknown the first residual is 0: it has not seen `t` yet
+        assert (h[: steps + 1] >= 0).all() and (h[steps + 1 :] == 0).all()
+        assert h[:steps].max() > 1e9 * h[steps]
     np.testing.assert_allclose(history[0][0], ij.rms_norm(jnp.tanh(jnp.full(2, 0.7))))
 
 

@@ -20,6 +20,8 @@ def one_step(**keywords):
     return ij.implicit_fixed_point(TwoVariables(parameters()), GUESS, max_steps=1, **keywords)
 
 
+# What JAX makes of an exception in a host callback, by the way in which it ran the program.
+WRAPPED = (jax.errors.JaxRuntimeError, ValueError)
 MESSAGE = (
     r"max_steps_reached.*after 1 steps the residual norm is 2\.154e-01.*times the tolerance"
     r".*worst leaf is x0"
@@ -34,7 +36,7 @@ def test_one_step_and_more_needed_is_an_error_that_says_so():
 
 
 def test_the_same_within_jit():
-    with pytest.raises(jax.errors.JaxRuntimeError, match=re.compile(MESSAGE, re.DOTALL)):
+    with pytest.raises(WRAPPED, match=re.compile(MESSAGE, re.DOTALL)):
         jax.block_until_ready(jax.jit(lambda: one_step().value)())
 
 
@@ -54,7 +56,7 @@ def test_under_vmap_the_lane_is_named():
 
     lanes = jnp.array([0.5, 0.2, 3.0])
     pattern = re.compile(r"lane 2 \(1 of 3 lanes failed\).*diverged", re.DOTALL)
-    with pytest.raises((ij.ConvergenceError, jax.errors.JaxRuntimeError), match=pattern):
+    with pytest.raises((ij.ConvergenceError, *WRAPPED), match=pattern):
         jax.block_until_ready(jax.vmap(solve)(lanes))
 
 
@@ -137,7 +139,7 @@ def test_a_derivative_where_there_is_none_is_an_error():
     with pytest.raises(ij.DerivativeError, match=words):
         jax.jvp(solve, (0.0,), (1.0,))
     for function in (jax.grad(solve), jax.jit(jax.grad(solve)), jax.jit(jax.jacfwd(solve))):
-        with pytest.raises(jax.errors.JaxRuntimeError, match=words):
+        with pytest.raises(WRAPPED, match=words):
             jax.block_until_ready(function(0.0))
 
 

@@ -30,6 +30,7 @@ FLOORS = [
     "_match",
     "_fingerprint",
     "_structure",
+    "_table",
     "_purity",
     "_problem",
     "_implicit",
