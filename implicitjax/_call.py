@@ -110,12 +110,12 @@ def as_pytree(f: Any) -> Any:
     `functools.partial` becomes JAX's own; `jax.jit` of a module, which JAX refuses to call
     since a module cannot be hashed, becomes the module.
     """
+    if isinstance(f, eqx.Module):
+        return f
     if isinstance(f, functools.partial) and not isinstance(f, jax.tree_util.Partial):
         return jax.tree_util.Partial(as_pytree(f.func), *f.args, **f.keywords)
     wrapped = getattr(f, "__wrapped__", None)
-    if isinstance(wrapped, eqx.Module) and not isinstance(f, eqx.Module):
-        return wrapped
-    return f
+    return wrapped if isinstance(wrapped, eqx.Module) else f
 
 
 def is_array(leaf: Any) -> bool:

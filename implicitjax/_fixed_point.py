@@ -204,18 +204,20 @@ def _report(solved: Solved, on_failure: OnFailure) -> Solution:
         )
     if on_failure != "raise":
         return solution
-    numbers = {
-        "report": solved.report,
-        "num_steps": solution.stats.num_steps,
-        "residual_norm": solution.stats.residual_norm,
-        "contraction_rate": solution.stats.contraction_rate,
-    }
-    if not isinstance(solved.report, Tracer):
-        code = np.asarray(solved.report)[0]
-        if code != CONVERGED:
-            ConvergenceFailure(solved.paths)(True, numbers)
+    report = solved.report
+    concrete = not isinstance(report, Tracer)
+    if concrete and np.asarray(report)[0] == CONVERGED:
         return solution
-    failed = raise_if(solved.report[0] != CONVERGED, ConvergenceFailure(solved.paths), numbers)
+    stats = solution.stats
+    numbers = {
+        "report": report,
+        "num_steps": stats.num_steps,
+        "residual_norm": stats.residual_norm,
+        "contraction_rate": stats.contraction_rate,
+    }
+    if concrete:
+        ConvergenceFailure(solved.paths)(True, numbers)
+    failed = raise_if(report[0] != CONVERGED, ConvergenceFailure(solved.paths), numbers)
     value, aux = poison(failed, eqx.filter((solution.value, solution.aux), eqx.is_array))
     value, aux = eqx.combine((value, aux), (solution.value, solution.aux))
     return Solution(value, aux, solution.stats, solution.result)

@@ -4,6 +4,7 @@ Static are the map as a `Trace` or a `Call`, the methods without their arrays, a
 arrays are inputs. JAX's own cache of compiled programs then serves eager calls too.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -50,8 +51,14 @@ class Statics(NamedTuple):
     leaves: tuple[Static | None, ...]
 
 
-class Solved(eqx.Module):
-    """What the compiled program returns.
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["solution", "report"],
+    meta_fields=["paths", "has_held"],
+)
+@dataclasses.dataclass(frozen=True, slots=True)
+class Solved:
+    """What the compiled program returns. No module, which costs more to read.
 
     - `solution`: the answer; a leaf that is no array is a `Held`.
     - `report`: the `code`, `ratio` and `worst` of the `Outcome`, for the words of a failure;
@@ -62,8 +69,8 @@ class Solved(eqx.Module):
 
     solution: Solution
     report: Float[Array, " 3"]
-    paths: tuple[str, ...] = eqx.field(static=True)
-    has_held: bool = eqx.field(static=True)
+    paths: tuple[str, ...]
+    has_held: bool
 
 
 def _solve(traced: Trace, tools: Tools, options: Options, consts: list, arrays: list) -> Solved:

@@ -1,4 +1,4 @@
-"""Strict JAX for every test: float64, no silent promotion of ranks."""
+"""Strict JAX for every test: float64, no silent promotion of dtypes or ranks."""
 
 import os
 
@@ -10,6 +10,7 @@ import pytest
 
 jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 
 @pytest.fixture
