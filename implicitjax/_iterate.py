@@ -218,7 +218,7 @@ def _finish(state: _State, scale: Scale, options: LoopOptions) -> tuple[list, Ou
     before = state.recent[back]
     known = (back > 0) & (before > 0)
     quotient = jnp.where(known, state.recent[0] / jnp.where(known, before, 1.0), 0.0)
-    leaf_norms = jnp.stack([options.norm([leaf]) for leaf in measured])
+    leaf_norms = jnp.stack([options.norm([leaf]).astype(ratio.dtype) for leaf in measured])
     return x, Outcome(
         code=code.astype(jnp.int32),
         num_steps=state.step,

@@ -1,5 +1,7 @@
 """Systems with known answers, shared by the tests."""
 
+from typing import Any
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -82,3 +84,8 @@ def unrolled(f, x0, steps: int = 200):
         return f(x), None
 
     return jax.lax.scan(body, x0, length=steps)[0]
+
+
+def programs(jitted: Any) -> int:
+    """How many programs a jitted function has compiled."""
+    return jitted._cache_size()

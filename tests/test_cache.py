@@ -1,6 +1,7 @@
 """Calls without `jit`: compiled once a program, and never out of date."""
 
 import types
+from collections.abc import Callable
 
 import equinox as eqx
 import jax
@@ -11,10 +12,7 @@ import pytest
 import implicitjax as ij
 from implicitjax._program import solve_by_structure, solve_by_trace
 
-
-def programs(jitted) -> int:
-    """How many programs a jitted function has compiled."""
-    return jitted._cache_size()
+from .systems import programs
 
 
 def compiled() -> int:
@@ -252,7 +250,7 @@ def test_what_the_bytecode_hides_is_seen(name):
 class Affine(eqx.Module):
     a: jax.Array
     power: int = 1
-    activation: object = eqx.field(static=True, default=jnp.tanh)
+    activation: Callable = eqx.field(static=True, default=jnp.tanh)
 
     def __call__(self, x):
         return self.a * self.activation(x**self.power) + 1.0

@@ -22,7 +22,9 @@ from .systems import (
     TwoVariables,
 )
 
-CLOSE = {"rtol": 0.0, "atol": 1e-7}
+
+def close(actual, expected):
+    np.testing.assert_allclose(actual, expected, rtol=0.0, atol=1e-7)
 
 
 def by_module(p):
@@ -127,10 +129,10 @@ def test_every_kind_of_map(way, jitted):
 
     run = jax.jit(everything) if jitted else everything
     value, *jacobians = run(parameters())
-    np.testing.assert_allclose(value, SOLUTION, **CLOSE)
+    close(value, SOLUTION)
     for jacobian in jacobians:
-        np.testing.assert_allclose(jacobian.alpha, D_ALPHA, **CLOSE)
-        np.testing.assert_allclose(jacobian.beta, D_BETA, **CLOSE)
+        close(jacobian.alpha, D_ALPHA)
+        close(jacobian.beta, D_BETA)
 
 
 SOLVERS = [ij.Picard(), ij.Picard(damping=0.8), ij.Anderson(), ij.Anderson(memory=2), ij.Newton()]
@@ -146,10 +148,8 @@ def test_every_solver_and_both_loops(solver, early_stop):
 
     solution = solve(parameters())
     assert solution.converged
-    np.testing.assert_allclose(solution.value, SOLUTION, **CLOSE)
-    np.testing.assert_allclose(
-        jax.jacrev(lambda p: solve(p).value)(parameters()).alpha, D_ALPHA, **CLOSE
-    )
+    close(solution.value, SOLUTION)
+    close(jax.jacrev(lambda p: solve(p).value)(parameters()).alpha, D_ALPHA)
 
 
 LINEAR = [
@@ -175,8 +175,8 @@ def test_every_linear_solver_and_both_rules(linear_solver, rule):
     modes = (jax.jacrev,) if rule == "vjp" else (jax.jacrev, jax.jacfwd)
     for mode in modes:
         for jacobian in (mode(solve)(parameters()), jax.jit(mode(solve))(parameters())):
-            np.testing.assert_allclose(jacobian.alpha, D_ALPHA, **CLOSE)
-            np.testing.assert_allclose(jacobian.beta, D_BETA, **CLOSE)
+            close(jacobian.alpha, D_ALPHA)
+            close(jacobian.beta, D_BETA)
 
 
 def test_the_gradient_of_one_output_alone():
@@ -184,7 +184,7 @@ def test_the_gradient_of_one_output_alone():
         return ij.implicit_fixed_point(TwoVariables(p).method, GUESS).value[1]
 
     g = jax.grad(second)(parameters())
-    np.testing.assert_allclose([g.alpha, g.beta], [D_ALPHA[1], D_BETA[1]], **CLOSE)
+    close([g.alpha, g.beta], [D_ALPHA[1], D_BETA[1]])
 
 
 def test_the_unrolled_adjoint_is_the_derivative_of_the_iterations():
@@ -195,8 +195,8 @@ def test_the_unrolled_adjoint_is_the_derivative_of_the_iterations():
 
     for mode in (jax.jacrev, jax.jacfwd):
         unrolled = mode(solve)(parameters(), ij.UnrolledAdjoint())
-        np.testing.assert_allclose(unrolled.alpha, D_ALPHA, **CLOSE)
-        np.testing.assert_allclose(unrolled.beta, D_BETA, **CLOSE)
+        close(unrolled.alpha, D_ALPHA)
+        close(unrolled.beta, D_BETA)
 
 
 class Scalar(eqx.Module):
@@ -214,12 +214,10 @@ def test_unknowns_as_modules_whose_leaves_are_python_floats():
     value = solve(parameters())
     assert isinstance(value[0], Scalar) and value[0].value.shape == ()
     assert value[0].value.dtype == jnp.float64
-    np.testing.assert_allclose([value[0].value, value[1].value], SOLUTION, **CLOSE)
+    close([value[0].value, value[1].value], SOLUTION)
     for mode in (jax.jacrev, jax.jacfwd):
         jacobian = mode(solve)(parameters())
-        np.testing.assert_allclose(
-            [jacobian[0].value.beta, jacobian[1].value.beta], D_BETA, **CLOSE
-        )
+        close([jacobian[0].value.beta, jacobian[1].value.beta], D_BETA)
 
 
 def test_the_guess_inside_a_layer():
@@ -227,8 +225,8 @@ def test_the_guess_inside_a_layer():
         layer = ij.FixedPointLayer(TwoVariables(p), lambda: jnp.asarray(GUESS))
         return layer()
 
-    np.testing.assert_allclose(jax.jacrev(solve)(parameters()).beta, D_BETA, **CLOSE)
-    np.testing.assert_allclose(jax.jacfwd(solve)(parameters()).beta, D_BETA, **CLOSE)
+    close(jax.jacrev(solve)(parameters()).beta, D_BETA)
+    close(jax.jacfwd(solve)(parameters()).beta, D_BETA)
 
 
 def test_float32_as_most_users_have_it(x32):

@@ -113,8 +113,9 @@ class Anderson(AbstractSolver):
         """`x + d (r - V g) - P g` with `g = V^T r`."""
         first = state.count == 0
         unit = _tree.where(first, _sizes(*_tree.stop_gradient((x, _tree.sub(fx, x)))), state.unit)
-        x_hat = [xi / u for xi, u in zip(x, unit, strict=True)]
-        r = [(fi - xi) / u for fi, xi, u in zip(fx, x, unit, strict=True)]
+        scale = [u.astype(xi.dtype) for xi, u in zip(x, unit, strict=True)]
+        x_hat = [xi / s for xi, s in zip(x, scale, strict=True)]
+        r = [ri / s for ri, s in zip(_tree.sub(fx, x), scale, strict=True)]
         residual = _norm(r)
 
         # The new column: the last difference, less what the window has of it already.
@@ -145,7 +146,7 @@ class Anderson(AbstractSolver):
         towards = _tree.sub(r, _tree.combine_columns(V, g))
         along = _tree.sub(x_hat, _tree.combine_columns(P, g))
         x_new = _tree.axpy(self.damping, towards, along)
-        out = [xi * u for xi, u in zip(x_new, unit, strict=True)]
+        out = [xi * s for xi, s in zip(x_new, scale, strict=True)]
         left = jnp.maximum(plain - 1, 0)
         return out, AndersonState(
             state.count + 1, unit, x_hat, r, residual, V, P, active, left, patience, failed_at
