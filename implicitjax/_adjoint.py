@@ -5,6 +5,7 @@ from typing import Literal
 import equinox as eqx
 
 from .linear import AbstractLinearSolver, AutoLinearSolver
+from .linear._lineax import as_linear_solver
 
 
 class AbstractAdjoint(eqx.Module):
@@ -17,14 +18,17 @@ class ImplicitAdjoint(AbstractAdjoint):
     One linear solve for a tangent or a cotangent, whatever number of steps the solver took,
     and no memory for them.
 
-    - `linear_solver`: for the systems with `A = I - df/dx` and its transpose.
+    - `linear_solver`: for the systems with `A = I - df/dx` and its transpose; one of ours, or of
+      Lineax.
     - `rule`: `"jvp"` serves forward mode, reverse mode and any mixture to any order. For
       reverse mode it needs of `f` a pullback alone, so that `f` may hold a `custom_vjp`,
       and for forward mode a pushforward alone, so that `f` may hold a `while_loop`.
       `"vjp"` serves reverse mode alone and touches nothing but pullbacks of `f`.
     """
 
-    linear_solver: AbstractLinearSolver = eqx.field(default_factory=AutoLinearSolver)
+    linear_solver: AbstractLinearSolver = eqx.field(
+        default_factory=AutoLinearSolver, converter=as_linear_solver
+    )
     rule: Literal["jvp", "vjp"] = "jvp"
 
     def __check_init__(self) -> None:

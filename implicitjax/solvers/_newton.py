@@ -6,6 +6,7 @@ import jax
 from .._tree import as_reals, axpy, sub
 from ..linear import AbstractLinearSolver, AutoLinearSolver
 from ..linear._base import Operator, scaled_solve, Vector
+from ..linear._lineax import as_linear_solver
 from ..linear._transposable import with_derivatives
 from ._base import AbstractSolver, Iterate, Map
 
@@ -18,12 +19,14 @@ class Newton(AbstractSolver):
     A complex unknown counts as two reals, so that `f` need not be holomorphic.
 
     - `linear_solver`: for the system with `I - J`; by default dense for small unknowns and
-      GMRES for large ones.
+      GMRES for large ones. One of Lineax is taken too.
 
     `f` must have a pushforward (`jax.jvp`).
     """
 
-    linear_solver: AbstractLinearSolver = eqx.field(default_factory=AutoLinearSolver)
+    linear_solver: AbstractLinearSolver = eqx.field(
+        default_factory=AutoLinearSolver, converter=as_linear_solver
+    )
 
     def init(self, x: Iterate) -> None:
         """Newton's method has no memory."""
