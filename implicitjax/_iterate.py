@@ -1,17 +1,8 @@
 r"""The loop: it evaluates the map, estimates the error, and decides when to stop and why.
 
-The stop test bounds the error, not the step. With the residual `r(x) = f(x) - x`, the
-error of an iterate is `x* - x = (I - J)^-1 r(x)` to first order, and two iterates sample
-that inverse for nothing:
-
-    x_k - x_j = -(I - J)^-1 (r_k - r_j)      to first order, hence
-    |x* - x_k|  ~  a_k |r_k|,     a_k = |x_k - x_j| / |r_k - r_j|,
-
-whatever method made the iterates. For Picard's iteration on a linear map with one
-dominant eigenvalue `l`, `a_k = 1 / |1 - l|` and the estimate is exact, for `l` near -1 as
-for `l` near 1. Two baselines are used: the last step (`j = k - 1`), and a long one, back to the
-last power of two, which sees slow modes that a residual full of fast ones hides. All
-norms are taken in units of the tolerance, `atol + rtol |x|`.
+The stop test bounds the error, not the step: the residual `f(x) - x`, times an amplification
+that the last three iterates show; see `_error.py`. All norms are taken in units of the
+tolerance, `atol + rtol |x|`.
 """
 
 from collections.abc import Callable
@@ -24,6 +15,7 @@ from jax import Array, lax
 from jaxtyping import Bool, Float, Int, PyTree
 
 from . import _tree
+from ._error import Amplification, amplification, Point, probe
 from ._outcome import (
     CONVERGED,
     DIVERGED,
@@ -35,8 +27,11 @@ from ._outcome import (
     STAGNATED,
 )
 from ._tolerance import FLOOR, Scale, Tolerances
-from ._watch import amplify, look_back, Watch
+from ._watch import look_back, Watch
 from .solvers import AbstractSolver
+
+# Up to so many times the round-off, the residual of a guess is too small to learn from.
+_LOST = 16.0
 
 
 class LoopOptions(NamedTuple):
@@ -55,18 +50,20 @@ class LoopOptions(NamedTuple):
 
 
 class _State(eqx.Module):
-    """One state of the loop: the iterate `x`, its value `fx`, the solver's own state, and
-    in units of the tolerance the last residual norms (`recent`, newest first) and the
-    current `amplification` of a residual to an error.
+    """One state of the loop: the iterate `x`, its value `fx`, the iterate and residual
+    `before`, the solver's own state, in units of the tolerance the last residual norms
+    (`recent`, newest first), and the current `amplification` of a residual to an error.
     """
 
     x: list
     fx: list
+    before: Point
     solver: Any
     step: Int[Array, ""]
+    probes: Int[Array, ""]
     code: Int[Array, ""]
     recent: Float[Array, " window"]
-    amplification: Float[Array, ""]
+    amplification: Amplification
     watch: Watch
     best: tuple | None
     history: list | None
@@ -93,30 +90,34 @@ def iterate(
         units = scale.at(*now)
         r, r_old = _tree.sub(now[1], now[0]), _tree.sub(old[1], old[0])
         residual = options.norm(units.measure(r))
-        moved = options.norm(units.measure(_tree.sub(now[0], old[0])))
-        changed = options.norm(units.measure(_tree.sub(r, r_old)))
-        amplification = amplify(moved, changed, state.amplification, state.watch.floor)
         step = state.step + 1
+        patience = state.amplification.scaled
         watch, alarm = look_back(
-            state.watch, now[0], r, residual, amplification, step, units, options.norm
+            state.watch, now[0], r, residual, patience, step, units, options.norm
         )
+        last = (alarm != RUNNING) | (step == options.max_steps)
+        points = ((now[0], r), (old[0], r_old), state.before)
+        amplified = amplification(points, units, options.norm, state.amplification, last)
+        error = residual * amplified.scaled
         if options.progress is not None:
-            jax.debug.callback(options.progress, step, residual * amplification)
+            jax.debug.callback(options.progress, step, error)
         return _State(
             x=x,
             fx=fx,
+            before=(old[0], r_old),
             solver=solver_state,
             step=step,
-            code=_decide(residual, amplification, watch, alarm),
+            probes=state.probes,
+            code=_decide(residual, error, watch, alarm),
             recent=jnp.concatenate([residual[None], state.recent[:-1]]),
-            amplification=amplification,
+            amplification=amplified,
             watch=watch,
             best=_keep(state.best, (x, fx), options),
             history=_record(state.history, r, step),
         )
 
     fx0 = f(x0)
-    state = _start(x0, fx0, solver, scale, options)
+    state = _start(f, x0, fx0, solver, scale, options)
 
     def running(state: _State) -> Bool[Array, ""]:
         return (state.code == RUNNING) & (state.step < options.max_steps)
@@ -132,26 +133,32 @@ def iterate(
     return _finish(state, scale, options)
 
 
-def _decide(residual: Array, amplification: Array, watch: Watch, alarm: Array) -> Array:
+def _decide(residual: Array, error: Array, watch: Watch, alarm: Array) -> Array:
     """The code after a step; what it says of convergence is settled in `_finish`."""
-    error = residual * jnp.maximum(amplification, watch.amplification)
     code = jnp.where(residual <= watch.floor, ROUNDOFF, alarm)
     code = jnp.where(error <= 1, CONVERGED, code)
     return jnp.where(jnp.isfinite(residual), code, NONFINITE).astype(jnp.int32)
 
 
 def _start(
-    x0: list, fx0: list, solver: AbstractSolver, scale: Scale, options: LoopOptions
+    f: Callable, x0: list, fx0: list, solver: AbstractSolver, scale: Scale, options: LoopOptions
 ) -> _State:
-    """The state after the first evaluation. A single value says nothing of the error, so
-    that only a residual of exactly zero ends the solve here.
+    """The state after the first evaluation. A single value says nothing of the error: only a
+    residual of exactly zero ends the solve here, or one near round-off, from where no step
+    could tell more than a probe.
     """
     frozen = _tree.stop_gradient((x0, fx0))
     r = _tree.sub(frozen[1], frozen[0])
-    residual = options.norm(scale.at(*frozen).measure(r))
-    zero = jnp.zeros_like(residual)
+    units, solved = scale.at(*frozen), _tree.all_zero(r)
+    residual = options.norm(units.measure(r))
+    floor = options.norm(units.measure(units.roundoff()))
+    lost = (residual <= _LOST * floor) & ~solved
+    seen = probe(f, (frozen[0], r), units, options.norm, lost)
+    one = jnp.ones_like(residual)
+    seen = _tree.where(solved, Amplification(one, one), seen)
     code = jnp.where(jnp.isfinite(residual), RUNNING, NONFINITE)
-    code = jnp.where(_tree.all_zero(r), CONVERGED, code).astype(jnp.int32)
+    code = jnp.where(residual <= floor, ROUNDOFF, code)
+    code = jnp.where(seen.scaled * residual <= 1, CONVERGED, code).astype(jnp.int32)
     first = options.norm(r)
     step = jnp.zeros((), jnp.int32)
     history = None
@@ -162,12 +169,14 @@ def _start(
     return _State(
         x=x0,
         fx=fx0,
+        before=(frozen[0], r),
         solver=solver.init(x0),
         step=step,
         code=code,
         recent=jnp.full((5,), residual),
-        amplification=zero,
-        watch=Watch((frozen[0], r), zero, first, zero, residual, step),
+        probes=lost.astype(jnp.int32),
+        amplification=seen,
+        watch=Watch(frozen[0], first, floor, residual, step),
         best=(x0, fx0, first) if options.keep_best else None,
         history=history,
     )
@@ -200,9 +209,8 @@ def _finish(state: _State, scale: Scale, options: LoopOptions) -> tuple[list, Ou
     r, units = _tree.sub(value, at), scale.at(at, value)
     measured, roundoff = units.measure(r), units.roundoff()
     floor = options.norm(units.measure(roundoff)) / FLOOR
-    amplification = jnp.maximum(state.amplification, state.watch.amplification)
-    amplification = jnp.where(state.step == 0, 1.0, amplification)
-    ratio = amplification * jnp.maximum(options.norm(measured), floor)
+    amplified = state.amplification
+    ratio = amplified.scaled * jnp.maximum(options.norm(measured), floor)
     clamped = units.clamped()
 
     settled = (state.code == CONVERGED) | (state.code == ROUNDOFF)
@@ -222,9 +230,9 @@ def _finish(state: _State, scale: Scale, options: LoopOptions) -> tuple[list, Ou
     return x, Outcome(
         code=code.astype(jnp.int32),
         num_steps=state.step,
-        num_evaluations=state.step + 1,
+        num_evaluations=state.step + 1 + state.probes,
         residual_norm=residual_norm,
-        error_estimate=amplification * jnp.maximum(residual_norm, noise_norm),
+        error_estimate=amplified.plain * jnp.maximum(residual_norm, noise_norm),
         ratio=ratio,
         contraction_rate=quotient ** (1 / jnp.maximum(back, 1).astype(quotient.dtype)),
         tolerance_clamped=clamped,

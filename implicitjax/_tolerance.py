@@ -58,13 +58,17 @@ class Units(NamedTuple):
 
     def measure(self, vector: list) -> list:
         """`vector` in units of the tolerance, in float32 at least."""
-        out = []
-        for vi, asked, reach in zip(vector, self.asked, self.reach, strict=True):
-            unit = jnp.maximum(asked, CLAMP * reach)
-            unit = jnp.where(unit > 0, unit, 1.0)  # zero only where iterate and value are
-            wide = _tree.widen(vi, unit.dtype)
-            out.append(wide / unit.astype(wide.dtype))
-        return out
+        wide = [_tree.widen(vi, unit.dtype) for vi, unit in zip(vector, self._all(), strict=True)]
+        return [vi / unit.astype(vi.dtype) for vi, unit in zip(wide, self._all(), strict=True)]
+
+    def restore(self, vector: list) -> list:
+        """What `measure` was given, in float32 at least."""
+        return [vi * unit.astype(vi.dtype) for vi, unit in zip(vector, self._all(), strict=True)]
+
+    def _all(self) -> list[Array]:
+        pairs = zip(self.asked, self.reach, strict=True)
+        units = [jnp.maximum(asked, CLAMP * reach) for asked, reach in pairs]
+        return [jnp.where(u > 0, u, 1.0) for u in units]  # 0 only where iterate and value are
 
     def roundoff(self) -> list:
         """The residual that round-off alone may leave."""

@@ -24,6 +24,7 @@ FLOORS = [
     "solvers",
     "_outcome",
     "_tolerance",
+    "_error",
     "_watch",
     "_iterate",
     "_call",

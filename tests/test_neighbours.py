@@ -1,5 +1,7 @@
 """Solvers of other libraries in the place of ours."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import lineax
@@ -8,7 +10,7 @@ import pytest
 
 import implicitjax as ij
 
-from .systems import layer, Layer, unrolled
+from .systems import Layer, layer, unrolled
 
 LINEAX = [lineax.LU(), lineax.GMRES(rtol=1e-11, atol=1e-11), lineax.BiCGStab(1e-11, 1e-11)]
 
@@ -45,7 +47,7 @@ def test_a_solver_of_lineax_within_newton():
 def test_a_solver_of_lineax_that_fails_is_held_to_its_residual():
     m = layer(6)
 
-    def loss(b, linear_solver, policy="raise"):
+    def loss(b, linear_solver, policy: Any = "raise"):
         adjoint = ij.ImplicitAdjoint(linear_solver=linear_solver)
         f = Layer(m.W, b)
         solution = ij.implicit_fixed_point(f, jnp.zeros(6), adjoint=adjoint, on_failure=policy)

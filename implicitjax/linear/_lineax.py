@@ -28,9 +28,9 @@ class Lineax(AbstractLinearSolver):
         like = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in b]
         operator = lineax.FunctionLinearOperator(A, like)
         u = lineax.linear_solve(operator, b, self.solver, throw=False).value
-        asked = [getattr(self.solver, name, None) for name in ("rtol", "atol")]
         digits = float(jnp.finfo(b[0].dtype).eps) ** (1 / 3)
-        tolerance = digits if None in asked else 10 * sum(asked)
+        asked = [getattr(self.solver, name, digits / 20) for name in ("rtol", "atol")]
+        tolerance = 10 * sum(asked)
         return measured(A, b, u, tolerance)
 
 

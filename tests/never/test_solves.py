@@ -97,10 +97,10 @@ def test_02_the_stop_test_bounds_the_error(name, rtol):
         error = np.asarray(solution.value) - exact
         scaled = np.sqrt(np.mean((error / (rtol * np.abs(exact))) ** 2))
         assert scaled <= 10.0
-        roundoff = 4e-16 * np.abs(exact).max() * 1e3
+        roundoff = 2e-16 * np.abs(exact).max() * np.linalg.norm(np.linalg.inv(np.eye(20) - J), 2)
         true = np.sqrt(np.mean(error**2)) + roundoff
         estimate = float(solution.stats.error_estimate) + roundoff
-        assert 0.1 <= estimate / true <= 60.0, f"{solver}: {estimate / true}"
+        assert 0.1 <= estimate / true <= 30.0, f"{solver}: {estimate / true}"
 
 
 @pytest.mark.parametrize("rate", [0.9, 0.99, 0.999, -0.999])
@@ -109,6 +109,28 @@ def test_02_the_contraction_rate_and_the_error_are_estimated_exactly_for_one_mod
     np.testing.assert_allclose(solution.stats.contraction_rate, abs(rate), rtol=1e-3)
     true = abs(float(solution.value) - 1 / (1 - rate))
     np.testing.assert_allclose(solution.stats.error_estimate, true, rtol=1e-2)
+
+
+@pytest.mark.parametrize("solver", [PICARD, ij.Anderson(), ij.Newton()], ids=repr)
+@pytest.mark.parametrize("off", [0.0, 1e-16, 1e-15, 1e-12])
+def test_02_a_guess_that_is_the_solution_to_roundoff_is_taken(solver, off):
+    """Its residual says nothing of the error, nor does any step from there: a probe does."""
+    J, b, exact = spectrum(SPECTRA["uniform to 0.9"])
+    guess = jnp.asarray(exact * (1 + off))
+    solution = solve(lambda x: J @ x + b, guess, solver=solver, rtol=1e-12)
+    assert solution.converged
+    assert solution.stats.num_evaluations <= 3
+    allowed = 1e-12 * (np.abs(exact) + np.abs(exact).mean())
+    assert ij.rms_norm((solution.value - exact) / allowed) <= 1.0
+    assert solution.stats.error_estimate <= ij.rms_norm(jnp.asarray(allowed))
+
+
+@pytest.mark.usefixtures("x32")
+@pytest.mark.parametrize("solver", [PICARD, ij.Anderson()], ids=repr)
+def test_02_a_guess_that_hardly_moves_is_not_taken_for_the_solution(solver):
+    """In float32 a step of 1e-7 is round-off, and the solution is at twice the guess."""
+    solution = solve(lambda x: x + 1e-7 * (2.0 - x), jnp.ones(()), solver=solver, max_steps=50)
+    assert not solution.converged
 
 
 # 7. A tolerance below round-off runs to the step limit.
