@@ -58,9 +58,10 @@ def amplification(
     """How far off the newest of three points is, as a multiple of its residual.
 
     `points` are the newest first. A difference of residuals that is round-off says nothing; if
-    both are, the `last` amplification stands. Where the residual has grown, which a linear map
-    near its solution does not explain, the last one is a lower bound. Unless the error may be
-    near the tolerance, or it is `asked` for, the last difference alone is looked at.
+    both are, the `last` amplification stands. It is a lower bound where one of two differences
+    is lost in round-off, and where the residual has grown, which a linear map near its
+    solution does not explain. Unless the error may be near the tolerance, or it is `asked`
+    for, the last difference alone is looked at.
     """
     now, old, older = points
     floor = norm(units.measure(units.roundoff()))
@@ -87,11 +88,12 @@ def amplification(
         error, rest = _less(c, ex, error), _less(c, new, rest)
         scaled = _over(norm(error) + most * norm(rest), residual, single)
         grown = residual > norm(units.measure(old[1]))
-        scaled = jnp.where(grown, jnp.maximum(scaled, last.scaled), scaled)
+        blurred = grown | (shows & ~more)
+        scaled = jnp.where(blurred, jnp.maximum(scaled, last.scaled), scaled)
         plainly = [_tree.robust_norm(norm, units.restore(v)) for v in (error, rest)]
         plain = plainly[0] + most * plainly[1]
         plain = _over(plain, _tree.robust_norm(norm, now[1]), single)
-        plain = jnp.where(grown, jnp.maximum(plain, last.plain), plain)
+        plain = jnp.where(blurred, jnp.maximum(plain, last.plain), plain)
         return _tree.where(says | shows, Amplification(scaled, plain), last)
 
     return lax.cond(near, both, lambda: Amplification(single, single))

@@ -118,7 +118,8 @@ def _value(value: Any, depth: int) -> Any:
         return ("closed", fingerprint(value.jaxpr, depth), inner)
     if isinstance(value, jec.Jaxpr):
         return ("jaxpr", fingerprint(value, depth))
-    if isinstance(value, (np.ndarray, np.generic)):
+    if hasattr(value, "__array__") and not isinstance(value, jax.Array):
+        value = np.asarray(value)  # also the literals of some versions of JAX
         return ("array", str(value.dtype), value.shape, value.tobytes())
     if isinstance(value, (tuple, list)):
         return (type(value).__name__, tuple(_value(v, depth) for v in value))
