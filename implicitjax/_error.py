@@ -15,23 +15,22 @@ say, of which the slow one may be hidden in a residual full of the other.
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import equinox as eqx
 import jax.numpy as jnp
-from jax import Array, lax
-from jaxtyping import Bool, Float
+from jax import Array
+from jaxtyping import Float
 
 from . import _tree
 from ._tolerance import Units
 
-# The rest of the estimate is worth its products only where the last difference alone
-# promises an error of so many tolerances at most.
-_NEAR = 8.0
-# How far a probe goes, in tolerances.
-_PROBE = 8.0
+# The estimate is worth its products where the last difference alone promises an error of so
+# many tolerances at most.
+NEAR = 2.0
+# How far a guess is put aside, in tolerances.
+_ASIDE = 3.0
 
-# An iterate and its residual.
+# An iterate and its value.
 Point = tuple[list, list]
 
 
@@ -48,85 +47,78 @@ def unknown(residual: Array) -> Amplification:
     return Amplification(nothing, nothing)
 
 
+def at_a_glance(
+    now: Point, old: Point, units: Units, norm: Callable, floor: Array, last: Amplification
+) -> Float[Array, ""]:
+    """The amplification that the last difference alone shows; where that is round-off, the
+    `last` one.
+    """
+    dx, dr = _difference(now, old, units)
+    length = norm(dr)
+    says = length > floor
+    return jnp.where(says, norm(dx) / jnp.where(says, length, 1.0), last.scaled)
+
+
 def amplification(
     points: tuple[Point, Point, Point],
     units: Units,
     norm: Callable,
+    floor: Float[Array, ""],
     last: Amplification,
-    asked: Bool[Array, ""],
 ) -> Amplification:
     """How far off the newest of three points is, as a multiple of its residual.
 
-    `points` are the newest first. A difference of residuals that is round-off says nothing; if
-    both are, the `last` amplification stands. It is a lower bound where one of two differences
-    is lost in round-off, and where the residual has grown, which a linear map near its
-    solution does not explain. Unless the error may be near the tolerance, or it is `asked`
-    for, the last difference alone is looked at.
+    `points` are the newest first. A difference of residuals below the `floor`, which is
+    round-off, says nothing; if both are, the `last` amplification stands. It is a lower bound
+    where one of two differences is lost in round-off, and where the residual has grown,
+    which a linear map near its solution does not explain.
     """
     now, old, older = points
-    floor = norm(units.measure(units.roundoff()))
-    r = units.measure(now[1])
-    dx, dr = _difference(now, old, units)
-    length, residual = norm(dr), norm(r)
-    says = length > floor
+    (dx, dr), (ex, er) = _difference(now, old, units), _difference(old, older, units)
+    r = units.measure(_residual(now))
+    residual, length, earlier = norm(r), norm(dr), norm(er)
+    says, shows = length > floor, earlier > floor
     single = jnp.where(says, norm(dx) / jnp.where(says, length, 1.0), last.scaled)
-    near = asked | (single * residual <= _NEAR)
+    most = jnp.where(shows, norm(ex) / jnp.where(shows, earlier, 1.0), 0.0)
+    most = jnp.maximum(most, jnp.where(says, single, 0.0))
 
-    def both() -> Amplification:
-        ex, er = _difference(old, older, units)
-        earlier = norm(er)
-        shows = earlier > floor
-        most = jnp.where(shows, norm(ex) / jnp.where(shows, earlier, 1.0), 0.0)
-        most = jnp.maximum(most, jnp.where(says, single, 0.0))
-        c = _coefficient(says, dr, r)
-        error, rest = _less(c, dx, None), _less(c, dr, r)
-        h = _coefficient(says, dr, er)
-        ex, new = _less(h, dx, ex), _less(h, dr, er)
-        noise = 4 * (1 + jnp.abs(h)) * floor + 100 * jnp.finfo(floor.dtype).eps * earlier
-        more = norm(new) > noise
-        c = _coefficient(more, new, rest)
-        error, rest = _less(c, ex, error), _less(c, new, rest)
-        scaled = _over(norm(error) + most * norm(rest), residual, single)
-        grown = residual > norm(units.measure(old[1]))
-        blurred = grown | (shows & ~more)
-        scaled = jnp.where(blurred, jnp.maximum(scaled, last.scaled), scaled)
-        plainly = [_tree.robust_norm(norm, units.restore(v)) for v in (error, rest)]
-        plain = plainly[0] + most * plainly[1]
-        plain = _over(plain, _tree.robust_norm(norm, now[1]), single)
-        plain = jnp.where(blurred, jnp.maximum(plain, last.plain), plain)
-        return _tree.where(says | shows, Amplification(scaled, plain), last)
+    c = _coefficient(says, dr, r)
+    error, rest = _less(c, dx, None), _less(c, dr, r)
+    h = _coefficient(says, dr, er)
+    ex, new = _less(h, dx, ex), _less(h, dr, er)
+    noise = 4 * (1 + jnp.abs(h)) * floor + 100 * jnp.finfo(floor.dtype).eps * earlier
+    more = norm(new) > noise
+    c = _coefficient(more, new, rest)
+    error, rest = _less(c, ex, error), _less(c, new, rest)
 
-    return lax.cond(near, both, lambda: Amplification(single, single))
+    scaled = _over(norm(error) + most * norm(rest), residual, single)
+    plain = norm(units.restore(error)) + most * norm(units.restore(rest))
+    plain = _over(plain, norm(_residual(now)), single)
+    grown = residual > norm(units.measure(_residual(old)))
+    known = last.scaled < unknown(residual).scaled
+    blurred = known & (grown | (shows & ~more))
+    scaled = jnp.where(blurred, jnp.maximum(scaled, last.scaled), scaled)
+    plain = jnp.where(blurred, jnp.maximum(plain, last.plain), plain)
+    return _tree.where(says | shows, Amplification(scaled, plain), last)
 
 
-def probe(
-    f: Callable[[list], list], now: Point, units: Units, norm: Callable, asked: Bool[Array, ""]
-) -> Amplification:
-    """The amplification in a direction without a pattern, by one more evaluation if it is
-    `asked` for: a guess that solves the problem up to round-off shows none.
-    """
-    nothing = unknown(norm(units.measure(now[1])))
+def aside(x: list, units: Units) -> list:
+    """`x` and a few tolerances away from it, in a direction without a pattern."""
 
-    def look(_: Any = None) -> Amplification:
-        aside = [_PROBE * jnp.sin(jnp.square(1 + _counting(leaf))) for leaf in now[0]]
-        aside = [d.astype(v.dtype) for d, v in zip(aside, units.measure(now[0]), strict=True)]
-        x = _tree.axpy(1.0, units.restore(aside), now[0])
-        point = (x, _tree.sub(_tree.stop_gradient(f(x)), x))
-        dx, dr = _difference(point, now, units)
-        length, floor = norm(dr), norm(units.measure(units.roundoff()))
-        says = length > floor
-        single = jnp.where(says, norm(dx) / jnp.where(says, length, 1.0), nothing.scaled)
-        return Amplification(single, single)
+    def away(leaf: Array) -> Array:
+        index = jnp.arange(1, leaf.size + 1, dtype=jnp.finfo(leaf.dtype).dtype)
+        return (_ASIDE * jnp.sin(index * index)).reshape(leaf.shape).astype(leaf.dtype)
 
-    return lax.cond(asked, look, lambda: nothing)
+    direction = [away(leaf) for leaf in units.measure(x)]
+    return _tree.axpy(1.0, units.restore(direction), x)
 
 
-def _counting(leaf: Array) -> Array:
-    return jnp.arange(leaf.size, dtype=jnp.float32).reshape(leaf.shape)
+def _residual(point: Point) -> list:
+    return _tree.sub(point[1], point[0])
 
 
-def _difference(new: Point, old: Point, units: Units) -> Point:
-    dx, dr = _tree.sub(new[0], old[0]), _tree.sub(new[1], old[1])
+def _difference(new: Point, old: Point, units: Units) -> tuple[list, list]:
+    dx, dr = _tree.sub(new[0], old[0]), _tree.sub(_residual(new), _residual(old))
     return units.measure(dx), units.measure(dr)
 
 

@@ -15,7 +15,7 @@ from jax import Array, lax
 from jaxtyping import Bool, Float, Int, PyTree
 
 from . import _tree
-from ._error import Amplification, amplification, Point, probe
+from ._error import Amplification, amplification, aside, at_a_glance, NEAR, unknown
 from ._outcome import (
     CONVERGED,
     DIVERGED,
@@ -27,11 +27,11 @@ from ._outcome import (
     STAGNATED,
 )
 from ._tolerance import FLOOR, Scale, Tolerances
-from ._watch import look_back, Watch
+from ._watch import EVERY, improve, look_back, Watch
 from .solvers import AbstractSolver
 
-# Up to so many times the round-off, the residual of a guess is too small to learn from.
-_LOST = 16.0
+# Up to so many times the round-off the residual of a guess is too small to learn from.
+_LOST = 4.0
 
 
 class LoopOptions(NamedTuple):
@@ -50,17 +50,17 @@ class LoopOptions(NamedTuple):
 
 
 class _State(eqx.Module):
-    """One state of the loop: the iterate `x`, its value `fx`, the iterate and residual
-    `before`, the solver's own state, in units of the tolerance the last residual norms
-    (`recent`, newest first), and the current `amplification` of a residual to an error.
+    """One state of the loop: the iterate `x`, its value `fx`, the solver's own state, and in
+    units of the tolerance the last residual norms (`recent`, newest first) and the current
+    `amplification` of a residual to an error. `past` keeps iterate and value of the last two
+    steps, one of them before `x`, by turns in the same place: to move them on would copy them.
     """
 
     x: list
     fx: list
-    before: Point
+    past: list
     solver: Any
     step: Int[Array, ""]
-    probes: Int[Array, ""]
     code: Int[Array, ""]
     recent: Float[Array, " window"]
     amplification: Amplification
@@ -85,29 +85,44 @@ def iterate(
 
     def body(state: _State) -> _State:
         x, solver_state = solver.step(f, state.x, state.fx, state.solver)
+        x = _tree.where(lost & (state.step == 0), elsewhere, x)
         fx = f(x)
         now, old = _tree.stop_gradient((x, fx)), _tree.stop_gradient((state.x, state.fx))
-        units = scale.at(*now)
-        r, r_old = _tree.sub(now[1], now[0]), _tree.sub(old[1], old[0])
+        units, last = scale.at(*now), state.amplification
+        r = _tree.sub(now[1], now[0])
         residual = options.norm(units.measure(r))
         step = state.step + 1
-        patience = state.amplification.scaled
-        watch, alarm = look_back(
-            state.watch, now[0], r, residual, patience, step, units, options.norm
-        )
-        last = (alarm != RUNNING) | (step == options.max_steps)
-        points = ((now[0], r), (old[0], r_old), state.before)
-        amplified = amplification(points, units, options.norm, state.amplification, last)
+        watch = improve(state.watch, residual, step)
+        glance = at_a_glance(now, old, units, options.norm, watch.floor, last)
+        near = (glance * residual <= NEAR) | (step % EVERY == 0) | (step == options.max_steps)
+
+        slot = state.step & 1
+        past = [
+            lax.dynamic_update_index_in_dim(p, jnp.stack(pair), slot, 0)
+            for p, *pair in zip(state.past, *old, strict=True)
+        ]
+
+        def look() -> tuple[Watch, Array, Amplification]:
+            units = scale.at(*now)  # anew: what a branch reads from outside is stored for it
+            pairs = [lax.dynamic_index_in_dim(p, 1 - slot, 0, keepdims=False) for p in past]
+            points = (now, old, ([p[0] for p in pairs], [p[1] for p in pairs]))
+            amplified = amplification(points, units, options.norm, watch.floor, last)
+            seen = look_back(watch, now, residual, last.scaled, step, units, options.norm)
+            return *seen, amplified
+
+        def pass_by() -> tuple[Watch, Array, Amplification]:
+            return watch, jnp.asarray(RUNNING, jnp.int32), Amplification(glance, glance)
+
+        watch, alarm, amplified = lax.cond(near, look, pass_by)
         error = residual * amplified.scaled
         if options.progress is not None:
             jax.debug.callback(options.progress, step, error)
         return _State(
             x=x,
             fx=fx,
-            before=(old[0], r_old),
+            past=past,
             solver=solver_state,
             step=step,
-            probes=state.probes,
             code=_decide(residual, error, watch, alarm),
             recent=jnp.concatenate([residual[None], state.recent[:-1]]),
             amplification=amplified,
@@ -117,7 +132,7 @@ def iterate(
         )
 
     fx0 = f(x0)
-    state = _start(f, x0, fx0, solver, scale, options)
+    state, elsewhere, lost = _start(x0, fx0, solver, scale, options)
 
     def running(state: _State) -> Bool[Array, ""]:
         return (state.code == RUNNING) & (state.step < options.max_steps)
@@ -141,11 +156,12 @@ def _decide(residual: Array, error: Array, watch: Watch, alarm: Array) -> Array:
 
 
 def _start(
-    f: Callable, x0: list, fx0: list, solver: AbstractSolver, scale: Scale, options: LoopOptions
-) -> _State:
-    """The state after the first evaluation. A single value says nothing of the error: only a
-    residual of exactly zero ends the solve here, or one near round-off, from where no step
-    could tell more than a probe.
+    x0: list, fx0: list, solver: AbstractSolver, scale: Scale, options: LoopOptions
+) -> tuple[_State, list, Array]:
+    """The state after the first evaluation. A single value says nothing of the error, so that
+    only a residual of exactly zero ends the solve here. A guess that solves the problem up
+    to round-off is `lost`: no step from there would tell more. For it the first step goes
+    a few tolerances aside, so that the next ones have something to go by.
     """
     frozen = _tree.stop_gradient((x0, fx0))
     r = _tree.sub(frozen[1], frozen[0])
@@ -153,12 +169,10 @@ def _start(
     residual = options.norm(units.measure(r))
     floor = options.norm(units.measure(units.roundoff()))
     lost = (residual <= _LOST * floor) & ~solved
-    seen = probe(f, (frozen[0], r), units, options.norm, lost)
     one = jnp.ones_like(residual)
-    seen = _tree.where(solved, Amplification(one, one), seen)
+    seen = _tree.where(solved, Amplification(one, one), unknown(residual))
     code = jnp.where(jnp.isfinite(residual), RUNNING, NONFINITE)
-    code = jnp.where(residual <= floor, ROUNDOFF, code)
-    code = jnp.where(seen.scaled * residual <= 1, CONVERGED, code).astype(jnp.int32)
+    code = jnp.where(solved, CONVERGED, code).astype(jnp.int32)
     first = options.norm(r)
     step = jnp.zeros((), jnp.int32)
     history = None
@@ -166,20 +180,20 @@ def _start(
         length = options.max_steps + 1
         history = [jnp.zeros((length,), _tree.accumulation_dtype(xi)) for xi in x0]
         history = _record(history, r, step)
-    return _State(
+    state = _State(
         x=x0,
         fx=fx0,
-        before=(frozen[0], r),
+        past=[jnp.stack([jnp.stack(pair)] * 2) for pair in zip(*frozen, strict=True)],
         solver=solver.init(x0),
         step=step,
         code=code,
         recent=jnp.full((5,), residual),
-        probes=lost.astype(jnp.int32),
         amplification=seen,
         watch=Watch(frozen[0], first, floor, residual, step),
         best=(x0, fx0, first) if options.keep_best else None,
         history=history,
     )
+    return state, aside(frozen[0], units), lost
 
 
 def _keep(best: tuple | None, now: tuple, options: LoopOptions) -> tuple | None:
@@ -230,7 +244,7 @@ def _finish(state: _State, scale: Scale, options: LoopOptions) -> tuple[list, Ou
     return x, Outcome(
         code=code.astype(jnp.int32),
         num_steps=state.step,
-        num_evaluations=state.step + 1 + state.probes,
+        num_evaluations=state.step + 1,
         residual_norm=residual_norm,
         error_estimate=amplified.plain * jnp.maximum(residual_norm, noise_norm),
         ratio=ratio,

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import equinox as eqx
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array
 from jaxtyping import Float, Int
 
 from . import _tree
@@ -32,8 +32,7 @@ class Watch(eqx.Module):
 
 def look_back(
     watch: Watch,
-    x: list,
-    r: list,
+    now: tuple[list, list],
     residual: Array,
     amplification: Array,
     step: Array,
@@ -45,24 +44,27 @@ def look_back(
     residual at the level of round-off that has not improved for 24 steps and for as long as
     a mode of the amplification seen takes to fade.
     """
+    x, fx = now
+    floor = norm(units.measure(units.roundoff()))
+    moved = norm(units.measure(_tree.sub(x, watch.reference)))
+    grown = norm(_tree.sub(fx, x)) / _GROWTH > watch.first
+    cycle = (moved <= floor) & (residual > 100 * floor)
+    patience = 24 + amplification
+    late = (step - watch.best_at).astype(patience.dtype) >= patience
+    noise = (residual <= 100 * floor) & late
+    alarm = jnp.where(cycle, STAGNATED, jnp.where(noise, ROUNDOFF, RUNNING))
+    alarm = jnp.where(grown, DIVERGED, alarm)
+    turn = (step & (step - 1)) == 0
+    reference = _tree.where(turn, x, watch.reference)
+    # Between the turns only the floor is new: whatever is compared needs a few steps.
+    due = step % EVERY == 0
+    alarm = jnp.where(due, alarm, RUNNING).astype(jnp.int32)
+    reference = _tree.where(due, reference, watch.reference)
+    return Watch(reference, watch.first, floor, watch.best, watch.best_at), alarm
+
+
+def improve(watch: Watch, residual: Array, step: Array) -> Watch:
+    """Notes the best residual."""
     better = residual < watch.best
-    best = jnp.where(better, residual, watch.best)
-    best_at = jnp.where(better, step, watch.best_at)
-
-    def look() -> tuple[list, Array, Array]:
-        floor = norm(units.measure(units.roundoff()))
-        moved = norm(units.measure(_tree.sub(x, watch.reference)))
-        grown = norm(r) / _GROWTH > watch.first
-        cycle = (moved <= floor) & (residual > 100 * floor)
-        patience = 24 + amplification
-        noise = (residual <= 100 * floor) & ((step - best_at).astype(patience.dtype) >= patience)
-        alarm = jnp.where(cycle, STAGNATED, jnp.where(noise, ROUNDOFF, RUNNING))
-        alarm = jnp.where(grown, DIVERGED, alarm).astype(jnp.int32)
-        turn = (step & (step - 1)) == 0
-        return _tree.where(turn, x, watch.reference), floor, alarm
-
-    def skip() -> tuple[list, Array, Array]:
-        return watch.reference, watch.floor, jnp.asarray(RUNNING, jnp.int32)
-
-    reference, floor, alarm = lax.cond(step % EVERY == 0, look, skip)
-    return Watch(reference, watch.first, floor, best, best_at), alarm
+    best, best_at = jnp.where(better, residual, watch.best), jnp.where(better, step, watch.best_at)
+    return Watch(watch.reference, watch.first, watch.floor, best, best_at)

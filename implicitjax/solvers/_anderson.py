@@ -3,7 +3,7 @@
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 from jaxtyping import Bool, Float, Int
 
 from .. import _tree
@@ -119,8 +119,10 @@ class Anderson(AbstractSolver):
         residual = _norm(r)
 
         # The new column: the last difference, less what the window has of it already.
-        slot = (state.count - 1) % state.active.shape[0]
-        others = state.active.at[slot].set(False)
+        m = jnp.asarray(state.active.shape[0], state.count.dtype)
+        slot = lax.rem(state.count + m - 1, m)
+        here = lax.iota(m.dtype, state.active.shape[0]) == slot
+        others = state.active & ~here
         dr, dx = _tree.sub(r, state.r), _tree.sub(x_hat, state.x)
         h = jnp.where(others, _tree.inner_columns(state.V, dr), 0.0)
         v = _tree.sub(dr, _tree.combine_columns(state.V, h))
@@ -130,7 +132,7 @@ class Anderson(AbstractSolver):
         v, p = _tree.where(anew, (dr, dx), (v, p))
         length = jnp.where(anew, whole, new)
         usable = ~first & (length > 0)
-        active = jnp.where(anew, False, others).at[slot].set(usable)
+        active = jnp.where(here, usable, others & ~anew)
         V = _put(state.V, slot, v, length, usable)
         P = _put(state.P, slot, p, length, usable)
 
@@ -174,6 +176,7 @@ def _put(columns: Iterate, slot: Array, x: Iterate, length: Array, usable: Array
 
     def leaf(ci: Array, xi: Array) -> Array:
         wide = _tree.widen(xi, factor.dtype)
-        return ci.at[slot].set((wide * factor.astype(wide.dtype)).astype(ci.dtype))
+        column = (wide * factor.astype(wide.dtype)).astype(ci.dtype)
+        return lax.dynamic_update_index_in_dim(ci, column, slot, 0)
 
     return jax.tree.map(leaf, columns, x)
