@@ -15,11 +15,12 @@ say, of which the slow one may be hidden in a residual full of the other.
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import equinox as eqx
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 
 from . import _tree
 from ._tolerance import Units
@@ -32,6 +33,16 @@ _ASIDE = 3.0
 
 # An iterate and its value.
 Point = tuple[list, list]
+
+
+class Glance(NamedTuple):
+    """What the last difference alone shows: its `single` amplification, whether it `says`
+    anything, and the `residual` of the newest point.
+    """
+
+    single: Float[Array, ""]
+    says: Bool[Array, ""]
+    residual: Float[Array, ""]
 
 
 class Amplification(eqx.Module):
@@ -49,14 +60,15 @@ def unknown(residual: Array) -> Amplification:
 
 def at_a_glance(
     now: Point, old: Point, units: Units, norm: Callable, floor: Array, last: Amplification
-) -> Float[Array, ""]:
-    """The amplification that the last difference alone shows; where that is round-off, the
-    `last` one.
+) -> Glance:
+    """A first look at the newest two points. Where their difference is round-off, the `last`
+    amplification stands.
     """
     dx, dr = _difference(now, old, units)
     length = norm(dr)
     says = length > floor
-    return jnp.where(says, norm(dx) / jnp.where(says, length, 1.0), last.scaled)
+    single = jnp.where(says, norm(dx) / jnp.where(says, length, 1.0), last.scaled)
+    return Glance(single, says, norm(units.measure(_residual(now))))
 
 
 def amplification(
@@ -65,6 +77,7 @@ def amplification(
     norm: Callable,
     floor: Float[Array, ""],
     last: Amplification,
+    glance: Glance,
 ) -> Amplification:
     """How far off the newest of three points is, as a multiple of its residual.
 
@@ -75,10 +88,9 @@ def amplification(
     """
     now, old, older = points
     (dx, dr), (ex, er) = _difference(now, old, units), _difference(old, older, units)
-    r = units.measure(_residual(now))
-    residual, length, earlier = norm(r), norm(dr), norm(er)
-    says, shows = length > floor, earlier > floor
-    single = jnp.where(says, norm(dx) / jnp.where(says, length, 1.0), last.scaled)
+    single, says, residual = glance
+    r, earlier = units.measure(_residual(now)), norm(er)
+    shows = earlier > floor
     most = jnp.where(shows, norm(ex) / jnp.where(shows, earlier, 1.0), 0.0)
     most = jnp.maximum(most, jnp.where(says, single, 0.0))
 

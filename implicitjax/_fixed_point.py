@@ -138,6 +138,7 @@ def implicit_fixed_point(
 
 
 _certificates: dict[Call, Certificate | None] = {}
+_UNKNOWN: Any = object()
 _MAX_REMEMBERED = 4096
 
 
@@ -152,10 +153,11 @@ def _certificate(call: Call, f: Any, x0: Any, args: tuple) -> Certificate | None
     ):
         return None
     try:
-        if call in _certificates:
-            return _certificates[call]
+        known = _certificates.get(call, _UNKNOWN)
     except (TypeError, ValueError):  # static leaves that cannot be hashed or compared
         return None
+    if known is not _UNKNOWN:
+        return known
     if len(_certificates) >= _MAX_REMEMBERED:
         _certificates.clear()
     _certificates[call] = certificate = certify((f, x0, args))

@@ -88,14 +88,13 @@ def iterate(
         x = _tree.where(lost & (state.step == 0), elsewhere, x)
         fx = f(x)
         now, old = _tree.stop_gradient((x, fx)), _tree.stop_gradient((state.x, state.fx))
-        units, last = scale.at(*now), state.amplification
+        step, last, floor = state.step + 1, state.amplification, state.watch.floor
         r = _tree.sub(now[1], now[0])
-        residual = options.norm(units.measure(r))
-        step = state.step + 1
+        glance = at_a_glance(now, old, scale.at(*now), options.norm, floor, last)
+        residual = glance.residual
         watch = improve(state.watch, residual, step)
-        glance = at_a_glance(now, old, units, options.norm, watch.floor, last)
-        near = (glance * residual <= NEAR) | (step % EVERY == 0) | (step == options.max_steps)
-
+        near = glance.single * residual <= NEAR
+        near = near | (step % EVERY == 0) | (step == options.max_steps)
         slot = state.step & 1
         past = [
             lax.dynamic_update_index_in_dim(p, jnp.stack(pair), slot, 0)
@@ -106,12 +105,16 @@ def iterate(
             units = scale.at(*now)  # anew: what a branch reads from outside is stored for it
             pairs = [lax.dynamic_index_in_dim(p, 1 - slot, 0, keepdims=False) for p in past]
             points = (now, old, ([p[0] for p in pairs], [p[1] for p in pairs]))
-            amplified = amplification(points, units, options.norm, watch.floor, last)
+            amplified = amplification(points, units, options.norm, floor, last, glance)
             seen = look_back(watch, now, residual, last.scaled, step, units, options.norm)
             return *seen, amplified
 
         def pass_by() -> tuple[Watch, Array, Amplification]:
-            return watch, jnp.asarray(RUNNING, jnp.int32), Amplification(glance, glance)
+            return (
+                watch,
+                jnp.asarray(RUNNING, jnp.int32),
+                Amplification(glance.single, glance.single),
+            )
 
         watch, alarm, amplified = lax.cond(near, look, pass_by)
         error = residual * amplified.scaled
