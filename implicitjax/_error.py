@@ -3,15 +3,17 @@ r"""The error behind a residual, estimated from the last iterates.
 With the residual `r(x) = f(x) - x`, the error of an iterate is `x* - x = (I - J)^-1 r(x)` to
 first order, and every pair of iterates samples that inverse for nothing, whatever method made
 them: a difference `dx` of iterates and the difference `dr` of their residuals obey
-`dx = -(I - J)^-1 dr`. The last two differences, as columns of `dX` and `dR`, give
+`dx = -(I - J)^-1 dr`. The last two differences and one to a distant iterate, as columns of `dX`
+and `dR`, give
 
     g = argmin_g |r - dR g|,        |x* - x|  <~  |dX g| + a |r - dR g|,
 
 the error of what they resolve, as in reduced rank extrapolation (Mesina, *Comput. Methods Appl.
 Mech. Eng.* 10, 1977; Eddy, in *Information Linkage between Applied Mathematics and Industry*,
 1979), and for the rest the largest amplification `a = |dx| / |dr|` that either of them shows.
-For Picard's iteration on a linear map that is exact for two modes, one near 1 and one near -1
-say, of which the slow one may be hidden in a residual full of the other.
+For Picard's iteration on a linear map that is exact for three modes, one near 1 and a pair near
+-1 say, of which the slow one may be hidden in a residual full of the others; the distant
+iterate, at the last power of two, shows it above the round-off.
 """
 
 from collections.abc import Callable
@@ -46,7 +48,9 @@ class Glance(NamedTuple):
 
 
 class Amplification(eqx.Module):
-    """The error over the residual: `scaled`, both in units of the tolerance, and `plain`."""
+    """The error over the residual in units of the tolerance: `scaled`, the error in the same
+    units, and `plain`, the error in those of the unknown.
+    """
 
     scaled: Float[Array, ""]
     plain: Float[Array, ""]
@@ -55,24 +59,27 @@ class Amplification(eqx.Module):
 def unknown(residual: Array) -> Amplification:
     """What is assumed where nothing was seen: that no digit is right."""
     nothing = jnp.asarray(1 / jnp.finfo(residual.dtype).eps, residual.dtype)
-    return Amplification(nothing, nothing)
+    return Amplification(nothing, jnp.zeros_like(nothing))
 
 
 def at_a_glance(
     now: Point, old: Point, units: Units, norm: Callable, floor: Array, last: Amplification
 ) -> Glance:
-    """A first look at the newest two points. Where their difference is round-off, the `last`
-    amplification stands.
+    """A first look at the newest two points. Where their residuals differ by round-off alone, by
+    less than the `floor`, what is left is a lower bound, and the `last` amplification.
     """
     dx, dr = _difference(now, old, units)
-    length = norm(dr)
+    length, residual = norm(dr), norm(units.measure(_residual(now)))
     says = length > floor
-    single = jnp.where(says, norm(dx) / jnp.where(says, length, 1.0), last.scaled)
-    return Glance(single, says, norm(units.measure(_residual(now))))
+    known = jnp.where(last.scaled < unknown(length).scaled, last.scaled, 0.0)
+    least = jnp.where(floor > 0, norm(dx) / jnp.where(floor > 0, floor, 1.0), last.scaled)
+    single = norm(dx) / jnp.where(says, length, 1.0)
+    single = jnp.where(says, single, jnp.maximum(known, least))
+    return Glance(single, says, residual)
 
 
 def amplification(
-    points: tuple[Point, Point, Point],
+    points: tuple[Point, Point, Point, Point],
     units: Units,
     norm: Callable,
     floor: Float[Array, ""],
@@ -81,16 +88,18 @@ def amplification(
 ) -> Amplification:
     """How far off the newest of three points is, as a multiple of its residual.
 
-    `points` are the newest first. A difference of residuals below the `floor`, which is
-    round-off, says nothing; if both are, the `last` amplification stands. It is a lower bound
-    where one of two differences is lost in round-off, and where the residual has grown,
-    which a linear map near its solution does not explain.
+    `points` are the newest three, the newest first, and a distant one. A difference of residuals
+    below the `floor`, which is round-off, says nothing; if the last two are, the glance stands.
+    The `last` amplification is a lower bound where one of two differences is lost in round-off,
+    and where the residual has grown, which a linear map near its solution does not explain.
     """
-    now, old, older = points
+    now, old, older, distant = points
     (dx, dr), (ex, er) = _difference(now, old, units), _difference(old, older, units)
+    lx, lr = _difference(now, distant, units)
     single, says, residual = glance
     r, earlier = units.measure(_residual(now)), norm(er)
     shows = earlier > floor
+    noise = norm(units.roundoff())
     most = jnp.where(shows, norm(ex) / jnp.where(shows, earlier, 1.0), 0.0)
     most = jnp.maximum(most, jnp.where(says, single, 0.0))
 
@@ -98,31 +107,40 @@ def amplification(
     error, rest = _less(c, dx, None), _less(c, dr, r)
     h = _coefficient(says, dr, er)
     ex, new = _less(h, dx, ex), _less(h, dr, er)
-    noise = 4 * (1 + jnp.abs(h)) * floor + 100 * jnp.finfo(floor.dtype).eps * earlier
-    more = norm(new) > noise
+    more = norm(new) > _blur(h, earlier, floor)
     c = _coefficient(more, new, rest)
     error, rest = _less(c, ex, error), _less(c, new, rest)
 
+    length = norm(lr)
+    h, k = _coefficient(says, dr, lr), _coefficient(more, new, lr)
+    lx, lr = _less(k, ex, _less(h, dx, lx)), _less(k, new, _less(h, dr, lr))
+    c = _coefficient(norm(lr) > _blur(jnp.abs(h) + jnp.abs(k), length, floor), lr, rest)
+    error, rest = _less(c, lx, error), _less(c, lr, rest)
+
     scaled = _over(norm(error) + most * norm(rest), residual, single)
     plain = norm(units.restore(error)) + most * norm(units.restore(rest))
-    plain = _over(plain, norm(_residual(now)), single)
+    noise = noise / jnp.where(floor > 0, floor, 1.0)
+    plain = _over(plain, residual, single * noise)
     grown = residual > norm(units.measure(_residual(old)))
     known = last.scaled < unknown(residual).scaled
     blurred = known & (grown | (shows & ~more))
     scaled = jnp.where(blurred, jnp.maximum(scaled, last.scaled), scaled)
     plain = jnp.where(blurred, jnp.maximum(plain, last.plain), plain)
-    return _tree.where(says | shows, Amplification(scaled, plain), last)
+    least = Amplification(single, single * noise)
+    return _tree.where(says | shows, Amplification(scaled, plain), least)
 
 
 def aside(x: list, units: Units) -> list:
-    """`x` and a few tolerances away from it, in a direction without a pattern."""
+    """`x` and a few tolerances away from it, in a direction without a pattern; never beyond
+    half of an entry, so that nothing changes sign or leaves zero.
+    """
 
-    def away(leaf: Array) -> Array:
-        index = jnp.arange(1, leaf.size + 1, dtype=jnp.finfo(leaf.dtype).dtype)
-        return (_ASIDE * jnp.sin(index * index)).reshape(leaf.shape).astype(leaf.dtype)
+    def away(leaf: Array, unit: Array) -> Array:
+        index = jnp.arange(1, leaf.size + 1, dtype=unit.dtype).reshape(leaf.shape)
+        far = jnp.minimum(_ASIDE * unit, 0.5 * jnp.abs(leaf).astype(unit.dtype))
+        return leaf + (far * jnp.sin(index * index)).astype(leaf.dtype)
 
-    direction = [away(leaf) for leaf in units.measure(x)]
-    return _tree.axpy(1.0, units.restore(direction), x)
+    return [away(leaf, unit) for leaf, unit in zip(x, units.all(), strict=True)]
 
 
 def _residual(point: Point) -> list:
@@ -132,6 +150,11 @@ def _residual(point: Point) -> list:
 def _difference(new: Point, old: Point, units: Units) -> tuple[list, list]:
     dx, dr = _tree.sub(new[0], old[0]), _tree.sub(_residual(new), _residual(old))
     return units.measure(dx), units.measure(dr)
+
+
+def _blur(mixed: Array, length: Array, floor: Array) -> Array:
+    """What round-off may leave of a difference after others were taken from it."""
+    return 4 * (1 + jnp.abs(mixed)) * floor + 100 * jnp.finfo(floor.dtype).eps * length
 
 
 def _coefficient(valid: Array, q: list, v: list) -> Array:

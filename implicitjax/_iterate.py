@@ -85,15 +85,18 @@ def iterate(
 
     def body(state: _State) -> _State:
         x, solver_state = solver.step(f, state.x, state.fx, state.solver)
-        x = _tree.where(lost & (state.step == 0), elsewhere, x)
+        probing = lost & (state.step == 0)
+        x = _tree.where(probing, elsewhere, x)
         fx = f(x)
         now, old = _tree.stop_gradient((x, fx)), _tree.stop_gradient((state.x, state.fx))
         step, last, floor = state.step + 1, state.amplification, state.watch.floor
-        r = _tree.sub(now[1], now[0])
         glance = at_a_glance(now, old, scale.at(*now), options.norm, floor, last)
-        residual = glance.residual
+        x, fx = _tree.where(probing, (state.x, state.fx), (x, fx))
+        now = _tree.stop_gradient((x, fx))
+        residual = jnp.where(probing, state.recent[0], glance.residual)
+        glance = glance._replace(residual=residual)
         watch = improve(state.watch, residual, step)
-        near = glance.single * residual <= NEAR
+        near = (glance.single * residual <= NEAR) | (residual <= floor)
         near = near | (step % EVERY == 0) | (step == options.max_steps)
         slot = state.step & 1
         past = [
@@ -104,17 +107,15 @@ def iterate(
         def look() -> tuple[Watch, Array, Amplification]:
             units = scale.at(*now)  # anew: what a branch reads from outside is stored for it
             pairs = [lax.dynamic_index_in_dim(p, 1 - slot, 0, keepdims=False) for p in past]
-            points = (now, old, ([p[0] for p in pairs], [p[1] for p in pairs]))
+            older = ([p[0] for p in pairs], [p[1] for p in pairs])
+            points = (now, old, older, state.watch.reference)
             amplified = amplification(points, units, options.norm, floor, last, glance)
             seen = look_back(watch, now, residual, last.scaled, step, units, options.norm)
             return *seen, amplified
 
         def pass_by() -> tuple[Watch, Array, Amplification]:
-            return (
-                watch,
-                jnp.asarray(RUNNING, jnp.int32),
-                Amplification(glance.single, glance.single),
-            )
+            seen = Amplification(glance.single, last.plain)
+            return watch, jnp.asarray(RUNNING, jnp.int32), seen
 
         watch, alarm, amplified = lax.cond(near, look, pass_by)
         error = residual * amplified.scaled
@@ -131,7 +132,7 @@ def iterate(
             amplification=amplified,
             watch=watch,
             best=_keep(state.best, (x, fx), options),
-            history=_record(state.history, r, step),
+            history=_record(state.history, _tree.sub(now[1], now[0]), step),
         )
 
     fx0 = f(x0)
@@ -163,8 +164,8 @@ def _start(
 ) -> tuple[_State, list, Array]:
     """The state after the first evaluation. A single value says nothing of the error, so that
     only a residual of exactly zero ends the solve here. A guess that solves the problem up
-    to round-off is `lost`: no step from there would tell more. For it the first step goes
-    a few tolerances aside, so that the next ones have something to go by.
+    to round-off is `lost`: no step from there would tell more. For it the first evaluation is
+    a probe, a few tolerances aside.
     """
     frozen = _tree.stop_gradient((x0, fx0))
     r = _tree.sub(frozen[1], frozen[0])
@@ -173,7 +174,8 @@ def _start(
     floor = options.norm(units.measure(units.roundoff()))
     lost = (residual <= _LOST * floor) & ~solved
     one = jnp.ones_like(residual)
-    seen = _tree.where(solved, Amplification(one, one), unknown(residual))
+    noise = options.norm(units.roundoff()) / jnp.where(floor > 0, floor, 1.0)
+    seen = _tree.where(solved, Amplification(one, noise), unknown(residual))
     code = jnp.where(jnp.isfinite(residual), RUNNING, NONFINITE)
     code = jnp.where(solved, CONVERGED, code).astype(jnp.int32)
     first = options.norm(r)
@@ -192,7 +194,7 @@ def _start(
         code=code,
         recent=jnp.full((5,), residual),
         amplification=seen,
-        watch=Watch(frozen[0], first, floor, residual, step),
+        watch=Watch(frozen, first, floor, residual, step),
         best=(x0, fx0, first) if options.keep_best else None,
         history=history,
     )
@@ -215,8 +217,8 @@ def _record(history: list | None, r: list, step: Array) -> list | None:
 
 def _finish(state: _State, scale: Scale, options: LoopOptions) -> tuple[list, Outcome]:
     """The verdict. The error estimate counts the round-off of the residual too; a solve
-    that round-off ended has converged only if the estimate allows it, or if no more was
-    asked for than the dtype can reach.
+    that round-off ended has converged only if the estimate allows it, where entries of which
+    more was asked than the dtype can reach do not count.
     """
     x, fx = state.x, state.fx
     if state.best is not None:
@@ -229,16 +231,18 @@ def _finish(state: _State, scale: Scale, options: LoopOptions) -> tuple[list, Ou
     amplified = state.amplification
     ratio = amplified.scaled * jnp.maximum(options.norm(measured), floor)
     clamped = units.clamped()
+    least = options.norm(units.attainable(units.measure(roundoff))) / FLOOR
+    rest = jnp.maximum(options.norm(units.attainable(measured)), least)
 
     settled = (state.code == CONVERGED) | (state.code == ROUNDOFF)
-    verdict = jnp.where((ratio <= 1) | clamped, CONVERGED, STAGNATED)
+    met = (ratio <= 1) | (clamped & (amplified.scaled * rest <= 1))
+    verdict = jnp.where(met, CONVERGED, STAGNATED)
     code = jnp.where(settled, verdict, state.code)
     code = jnp.where(code == RUNNING, MAX_STEPS, code)
     infinite = _tree.any_of([~jnp.isfinite(leaf) for leaf in (*state.x, *state.fx)])
     code = jnp.where((code == NONFINITE) & ~infinite, DIVERGED, code)  # only the norm overflowed
 
     residual_norm = _tree.robust_norm(options.norm, r)
-    noise_norm = _tree.robust_norm(options.norm, roundoff) / FLOOR
     back = jnp.minimum(state.step, state.recent.shape[0] - 1)
     before = state.recent[back]
     known = (back > 0) & (before > 0)
@@ -249,7 +253,7 @@ def _finish(state: _State, scale: Scale, options: LoopOptions) -> tuple[list, Ou
         num_steps=state.step,
         num_evaluations=state.step + 1,
         residual_norm=residual_norm,
-        error_estimate=amplified.plain * jnp.maximum(residual_norm, noise_norm),
+        error_estimate=amplified.plain * jnp.maximum(options.norm(measured), floor),
         ratio=ratio,
         contraction_rate=quotient ** (1 / jnp.maximum(back, 1).astype(quotient.dtype)),
         tolerance_clamped=clamped,

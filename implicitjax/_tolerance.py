@@ -58,17 +58,18 @@ class Units(NamedTuple):
 
     def measure(self, vector: list) -> list:
         """`vector` in units of the tolerance, in float32 at least."""
-        wide = [_tree.widen(vi, unit.dtype) for vi, unit in zip(vector, self._all(), strict=True)]
-        return [vi / unit.astype(vi.dtype) for vi, unit in zip(wide, self._all(), strict=True)]
+        wide = [_tree.widen(vi, unit.dtype) for vi, unit in zip(vector, self.all(), strict=True)]
+        return [vi / unit.astype(vi.dtype) for vi, unit in zip(wide, self.all(), strict=True)]
 
     def restore(self, vector: list) -> list:
         """What `measure` was given, in float32 at least."""
-        return [vi * unit.astype(vi.dtype) for vi, unit in zip(vector, self._all(), strict=True)]
+        return [vi * unit.astype(vi.dtype) for vi, unit in zip(vector, self.all(), strict=True)]
 
-    def _all(self) -> list[Array]:
+    def all(self) -> list[Array]:
+        """The unit of every entry; the smallest number where iterate and value are zero."""
         pairs = zip(self.asked, self.reach, strict=True)
         units = [jnp.maximum(asked, CLAMP * reach) for asked, reach in pairs]
-        return [jnp.where(u > 0, u, 1.0) for u in units]  # 0 only where iterate and value are
+        return [jnp.maximum(u, jnp.finfo(u.dtype).tiny) for u in units]
 
     def roundoff(self) -> list:
         """The residual that round-off alone may leave."""
@@ -76,5 +77,13 @@ class Units(NamedTuple):
 
     def clamped(self) -> Bool[Array, ""]:
         """Whether some tolerance lies below what the dtype can reach."""
+        return _tree.any_of(self._beyond())
+
+    def attainable(self, vector: list) -> list:
+        """`vector` without the entries whose tolerance the dtype cannot reach."""
+        pairs = zip(vector, self._beyond(), strict=True)
+        return [jnp.where(beyond, 0, vi) for vi, beyond in pairs]
+
+    def _beyond(self) -> list[Array]:
         pairs = zip(self.asked, self.reach, strict=True)
-        return _tree.any_of([asked < CLAMP * reach for asked, reach in pairs])
+        return [asked < CLAMP * reach for asked, reach in pairs]

@@ -10,11 +10,12 @@ from .. import _tree
 from .._check import damping_factor, positive_int
 from ._base import AbstractSolver, Iterate, Map
 
-# A difference of which this part or less is new starts the window anew.
-_NEW = 0.1
+# A difference of which this part or less is new starts the window anew, and so does a residual
+# that has grown by this factor.
+_NEW, _GREW = 1e-3, 2.0
 # An extrapolation failed if it made the residual worse by this factor; then follow at most so
 # many plain steps, until they have made it worse by the last one.
-_WORSE, _PLAIN, _AWAY = 2.0, 64, 1e3
+_WORSE, _PLAIN, _AWAY = 2.0, 2**14, 1e3
 
 
 class AndersonState(eqx.Module):
@@ -65,8 +66,8 @@ class Anderson(AbstractSolver):
     method of He, Tang, Zhao, Saad and Xi (*SIAM J. Sci. Comput.* 46, 2024): where the
     Jacobian is symmetric nothing is lost by it, and slow modes stay known.
 
-    Departures, each measured in `benchmarks/solvers.py`: the window starts anew when a tenth
-    or less of a difference is new, or when the residual has grown, since old differences of
+    Departures, each measured in `benchmarks/solvers.py`: the window starts anew when next to
+    nothing of a difference is new, or when the residual has doubled, since old differences of
     a nonlinear map mislead then; where an extrapolation made the residual twice as large or
     more, plain steps follow, twice as many each time, so that a map that contracts is
     solved whatever extrapolation does; and each leaf is measured in units of its own size at
@@ -128,7 +129,7 @@ class Anderson(AbstractSolver):
         v = _tree.sub(dr, _tree.combine_columns(state.V, h))
         p = _tree.sub(dx, _tree.combine_columns(state.P, h))
         whole, new = _norm(dr), _norm(v)
-        anew = (new <= _NEW * whole) | (residual > state.residual)
+        anew = (new <= _NEW * whole) | (residual > _GREW * state.residual)
         v, p = _tree.where(anew, (dr, dx), (v, p))
         length = jnp.where(anew, whole, new)
         usable = ~first & (length > 0)
