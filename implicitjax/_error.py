@@ -30,6 +30,8 @@ from ._tolerance import Units
 # The estimate is worth its products where the last difference alone promises an error of so
 # many tolerances at most.
 NEAR = 2.0
+# The distant difference counts if it leaves so much of the rest at most.
+_MOST = 0.5
 # How far a guess is put aside, in tolerances.
 _ASIDE = 3.0
 
@@ -115,7 +117,10 @@ def amplification(
     h, k = _coefficient(says, dr, lr), _coefficient(more, new, lr)
     lx, lr = _less(k, ex, _less(h, dx, lx)), _less(k, new, _less(h, dr, lr))
     c = _coefficient(norm(lr) > _blur(jnp.abs(h) + jnp.abs(k), length, floor), lr, rest)
-    error, rest = _less(c, lx, error), _less(c, lr, rest)
+    left = _less(c, lr, rest)
+    explains = norm(left) <= _MOST * norm(rest)  # else it is stale, and fits by chance
+    error = _tree.where(explains, _less(c, lx, error), error)
+    rest = _tree.where(explains, left, rest)
 
     scaled = _over(norm(error) + most * norm(rest), residual, single)
     plain = norm(units.restore(error)) + most * norm(units.restore(rest))

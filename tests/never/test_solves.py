@@ -53,6 +53,8 @@ def test_01_a_cycle_of_three_is_recognised():
         (lambda x: 0.5 * x + 2.0 * jnp.concatenate([x[1:], jnp.zeros(1)]), jnp.ones(12), 400),
         # An unstable fixed point next to the guess, which is left by a factor of a million.
         (lambda x: jnp.tanh(1.5 * x), jnp.asarray(1e-6), 400),
+        # A guess of 1e-25 beside an unstable fixed point at 0.
+        (lambda x: 2.5 * x * (1.0 - x), jnp.asarray(1e-25), 400),
         # A rate so near to 1 that the residual stays the same float for hundreds of steps.
         (lambda x: 0.9999 * (x - 2.0) + 2.0, jnp.asarray(7.0), 400_000),
     ],
@@ -133,6 +135,50 @@ def test_02_a_guess_that_hardly_moves_is_not_taken_for_the_solution(solver):
     assert not solution.converged
 
 
+@pytest.mark.parametrize("rate", [0.99, 0.999])
+@pytest.mark.parametrize("off", [1e-13, 1e-12, 1e-11, 1e-10])
+def test_02_a_guess_close_to_the_solution_along_a_slow_mode(rate, off):
+    """Differences of residuals are round-off there, though the residuals are not."""
+    f = lambda x: rate * x + (1 - rate) * jnp.cos(x - 1)
+    solution = solve(f, jnp.asarray(1 + off), solver=PICARD)
+    assert solution.converged
+    np.testing.assert_allclose(solution.value, 1.0, rtol=1e-10)
+
+
+def test_02_a_probe_stays_in_the_domain_and_leaves_the_guess_alone():
+    f = lambda x: jnp.stack([0.5 * x[0] + 1 / 3, 0.5 * x[1] ** 1.5])
+    unstable = lambda x: 3.5 * x * (1 - x)
+    for solver in (PICARD, ij.Anderson(), ij.Newton()):
+        solution = solve(f, jnp.array([2 / 3 + 2.3e-16, 0.0]), solver=solver)
+        assert solution.converged and solution.value[1] == 0.0
+        solution = solve(unstable, jnp.asarray(1 - 1 / 3.5 + 1e-16), solver=solver)
+        assert solution.converged
+        np.testing.assert_allclose(solution.value, 1 - 1 / 3.5, rtol=1e-15)
+
+
+@pytest.mark.parametrize(("radius", "rate"), [(0.99, 0.992), (0.97, 0.976)])
+def test_02_a_slow_mode_beside_a_fast_pair_is_seen(radius, rate):
+    c, s = radius * np.cos(2.9), radius * np.sin(2.9)
+    J, b = np.array([[c, -s, 0], [s, c, 0], [0, 0, rate]]), np.array([1.0, 1.0, 1 - rate])
+    solution = solve(lambda x: J @ x + b, jnp.zeros(3), solver=PICARD, max_steps=10_000)
+    assert solution.converged
+    np.testing.assert_allclose(solution.value, np.linalg.solve(np.eye(3) - J, b), rtol=1e-9)
+
+
+def test_02_the_error_of_leaves_of_very_different_size():
+    def f(s):
+        return {"a": 0.6 * s["a"] + 1e-12, "b": 0.7 * s["b"] + 3e11 + 1e22 * s["a"]}
+
+    exact = {"a": 2.5e-12, "b": (3e11 + 2.5e10) / 0.3}
+    guess = {"a": jnp.full(3, 1e-12), "b": jnp.full(3, 1e12)}
+    for solver in (PICARD, ij.Anderson()):
+        solution = solve(f, guess, solver=solver)
+        assert solution.converged
+        for leaf in exact:
+            np.testing.assert_allclose(solution.value[leaf], exact[leaf], rtol=1e-9)
+        assert solution.stats.error_estimate < 1e-9 * exact["b"]
+
+
 # 7. A tolerance below round-off runs to the step limit.
 
 
@@ -168,6 +214,17 @@ def test_07_a_tolerance_that_conditioning_puts_out_of_reach_is_not_called_met():
 
 
 # 10. The unknown is gathered onto every device, or an error callback hangs a mesh.
+
+
+@pytest.mark.parametrize("n", [4, 5, 6])
+@pytest.mark.parametrize("coupling", [0.3, 0.5])
+def test_01_a_map_that_contracts_late_is_solved_by_the_default(n, coupling):
+    """A Jordan block: the residual grows before it decays."""
+    J, b = 0.9 * np.eye(n) + coupling * np.eye(n, k=1), np.random.default_rng(0).normal(size=n)
+    solution = solve(lambda x: J @ x + b, jnp.zeros(n))
+    assert solution.converged
+    assert solution.stats.num_steps < 100
+    np.testing.assert_allclose(solution.value, np.linalg.solve(np.eye(n) - J, b), rtol=1e-7)
 
 
 MESH = """
