@@ -18,8 +18,10 @@ def shortest(
     Every call is made once beforehand, unless all are `warm`, so that nothing compiles that
     need not. Then rounds follow, in each of which all calls have their turn, repeated until a
     turn lasts about `block` seconds; of each the shortest turn counts. A disturbance from
-    outside lengthens some turns of all, and the minimum forgets it. Three rounds at least,
-    then for `seconds`; a call that lasts longer than half of that is left at its first time.
+    outside lengthens some turns of all, and the minimum forgets it. A turn starts with a call
+    that is not counted, since it finds the caches, and the threads of XLA asleep, as the call
+    before left them. Three rounds at least, then for `seconds`; a call that lasts longer than
+    half of that is left at its first time.
     """
     if not warm:
         for call in calls.values():
@@ -32,6 +34,7 @@ def shortest(
         start, rounds = time.perf_counter(), 0
         while rounds < 3 or time.perf_counter() - start < seconds:
             for name, count in repeats.items():
+                turn(calls[name])
                 best[name] = min(best[name], turn(calls[name], count))
             rounds += 1
     finally:

@@ -22,7 +22,7 @@ from ._outcome import CONVERGED, RESULT_NAMES
 from ._problem import trace
 from ._program import Options, solve_by_structure, solve_by_trace, Solved, Statics
 from ._purity import Certificate, certify
-from ._report import first_failure, poison, public_error, raise_if
+from ._report import first_failure, on_host, poison, public_error, raise_if
 from ._solution import convergence_message, ConvergenceError, Solution
 from .linear._transposable import OnFailure
 from .solvers import AbstractSolver, Anderson
@@ -198,7 +198,7 @@ def _split(solver: AbstractSolver, adjoint: AbstractAdjoint) -> _Methods:
 def _report(solved: Solved, on_failure: OnFailure) -> Solution:
     """Raises on the host, or where only a running program can know, from within it."""
     solution = solved.solution
-    if solved.has_held:
+    if solved.facts.has_held:
         solution = jax.tree.map(
             lambda leaf: leaf.leaf.value if isinstance(leaf, Held) else leaf,
             solution,
@@ -208,7 +208,7 @@ def _report(solved: Solved, on_failure: OnFailure) -> Solution:
         return solution
     report = solved.report
     concrete = not isinstance(report, Tracer)
-    if concrete and np.asarray(report)[0] == CONVERGED:
+    if concrete and on_host(report)[0] == CONVERGED:
         return solution
     stats = solution.stats
     numbers = {
@@ -218,8 +218,8 @@ def _report(solved: Solved, on_failure: OnFailure) -> Solution:
         "contraction_rate": stats.contraction_rate,
     }
     if concrete:
-        ConvergenceFailure(solved.paths)(True, numbers)
-    failed = raise_if(report[0] != CONVERGED, ConvergenceFailure(solved.paths), numbers)
+        ConvergenceFailure(solved.facts.paths)(True, numbers)
+    failed = raise_if(report[0] != CONVERGED, ConvergenceFailure(solved.facts.paths), numbers)
     value, aux = poison(failed, eqx.filter((solution.value, solution.aux), eqx.is_array))
     value, aux = eqx.combine((value, aux), (solution.value, solution.aux))
     return Solution(value, aux, solution.stats, solution.result)

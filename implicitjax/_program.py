@@ -51,26 +51,31 @@ class Statics(NamedTuple):
     leaves: tuple[Static | None, ...]
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["solution", "report"],
-    meta_fields=["paths", "has_held"],
-)
-@dataclasses.dataclass(frozen=True, slots=True)
-class Solved:
-    """What the compiled program returns. No module, which costs more to read.
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class Facts:
+    """What is known of a solve before it runs.
 
-    - `solution`: the answer; a leaf that is no array is a `Held`.
-    - `report`: the `code`, `ratio` and `worst` of the `Outcome`, for the words of a failure;
-      one array, since each output costs an eager gradient as much as a small operation.
     - `paths`: the path of each leaf of the unknown.
     - `has_held`: whether there is a `Held` in the solution.
     """
 
-    solution: Solution
-    report: Float[Array, " 3"]
     paths: tuple[str, ...]
     has_held: bool
+
+
+class Solved(NamedTuple):
+    """What the compiled program returns.
+
+    - `solution`: the answer; a leaf that is no array is a `Held`.
+    - `report`: the `code`, `ratio` and `worst` of the `Outcome`, for the words of a failure;
+      one array, since each output costs an eager call as much as a small operation.
+    - `facts`: see `Facts`.
+    """
+
+    solution: Solution
+    report: Float[Array, " 3"]
+    facts: Facts
 
 
 def _solve(traced: Trace, tools: Tools, options: Options, consts: list, arrays: list) -> Solved:
@@ -123,8 +128,7 @@ def _solve(traced: Trace, tools: Tools, options: Options, consts: list, arrays: 
         report=jnp.stack(
             [n.astype(jnp.float32) for n in (outcome.code, outcome.ratio, outcome.worst)]
         ),
-        paths=tuple(traced.paths[i] for i in roles.feedback),
-        has_held=has_held,
+        facts=Facts(tuple(traced.paths[i] for i in roles.feedback), has_held),
     )
 
 
