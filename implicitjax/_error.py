@@ -20,6 +20,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float
@@ -96,43 +97,59 @@ def amplification(
     and where the residual has grown, which a linear map near its solution does not explain.
     """
     now, old, older, distant = points
-    (dx, dr), (ex, er) = _difference(now, old, units), _difference(old, older, units)
-    lx, lr = _difference(now, distant, units)
     single, says, residual = glance
-    r, earlier = units.measure(_residual(now)), norm(er)
+    r, noise = units.measure(_residual(now)), norm(units.roundoff())
+    zero = list(map(jnp.zeros_like, r))
+    pairs = ((now, old), (old, older), (now, distant))
+    differences = [_difference(new, behind, units) for new, behind in pairs]
+    X, R = map(_tree.stack, zip(*differences, (zero, r), strict=True))
+    before = units.measure(_residual(old))
+    earlier, far, moved, behind = _tree.norms(norm, [_row(R, 1), _row(R, 2), _row(X, 1), before])
     shows = earlier > floor
-    noise = norm(units.roundoff())
-    most = jnp.where(shows, norm(ex) / jnp.where(shows, earlier, 1.0), 0.0)
+    most = jnp.where(shows, moved / jnp.where(shows, earlier, 1.0), 0.0)
     most = jnp.maximum(most, jnp.where(says, single, 0.0))
 
-    c = _coefficient(says, dr, r)
-    error, rest = _less(c, dx, None), _less(c, dr, r)
-    h = _coefficient(says, dr, er)
-    ex, new = _less(h, dx, ex), _less(h, dr, er)
-    more = norm(new) > _blur(h, earlier, floor)
-    c = _coefficient(more, new, rest)
-    error, rest = _less(c, ex, error), _less(c, new, rest)
+    h, X, R = _eliminate(says, X, R)
+    more = norm(_row(R, 0)) > _blur(jnp.abs(h[0]), earlier, floor)
+    k, X, R = _eliminate(more, X, R)
+    new, rest = jax.vmap(norm)(R)
+    mixed = jnp.abs(h[1]) + jnp.abs(k[0])
+    _, X_all, R_all = _eliminate(new > _blur(mixed, far, floor), X, R)
+    left = norm(_row(R_all, 0))
+    explains = left <= _MOST * rest  # else it is stale, and fits by chance
+    error = _tree.where(explains, _row(X_all, 0), _row(X, 1))
+    others = units.restore(_tree.where(explains, _row(R_all, 0), _row(R, 1)))
+    error, plain, others = _tree.norms(norm, [error, units.restore(error), others])
 
-    length = norm(lr)
-    h, k = _coefficient(says, dr, lr), _coefficient(more, new, lr)
-    lx, lr = _less(k, ex, _less(h, dx, lx)), _less(k, new, _less(h, dr, lr))
-    c = _coefficient(norm(lr) > _blur(jnp.abs(h) + jnp.abs(k), length, floor), lr, rest)
-    left = _less(c, lr, rest)
-    explains = norm(left) <= _MOST * norm(rest)  # else it is stale, and fits by chance
-    error = _tree.where(explains, _less(c, lx, error), error)
-    rest = _tree.where(explains, left, rest)
-
-    scaled = _over(norm(error) + most * norm(rest), residual, single)
-    plain = norm(units.restore(error)) + most * norm(units.restore(rest))
+    scaled = _over(error + most * jnp.where(explains, left, rest), residual, single)
     noise = noise / jnp.where(floor > 0, floor, 1.0)
-    plain = _over(plain, residual, single * noise)
-    grown = residual > norm(units.measure(_residual(old)))
+    plain = _over(plain + most * others, residual, single * noise)
     known = last.scaled < unknown(residual).scaled
-    blurred = known & (grown | (shows & ~more))
+    blurred = known & ((residual > behind) | (shows & ~more))
     scaled = jnp.where(blurred, jnp.maximum(scaled, last.scaled), scaled)
     plain = jnp.where(blurred, jnp.maximum(plain, last.plain), plain)
     least = Amplification(single, single * noise)
     return _tree.where(says | shows, Amplification(scaled, plain), least)
+
+
+def _eliminate(valid: Array, X: list, R: list) -> tuple[Array, list, list]:
+    """Takes the first row out of the others where that is `valid`, `R_j - h_j R_0`, and so in
+    `X`; the step of the modified Gram-Schmidt process. Returns `h` and the other rows.
+    """
+    products = _tree.inner_columns(R, _row(R, 0))
+    square = products[0]
+    valid = valid & (square > 0)
+    h = jnp.where(valid, products[1:] / jnp.where(valid, square, 1.0), 0.0)
+
+    def less(rows: Array) -> Array:
+        column = h.reshape(-1, *[1] * (rows.ndim - 1)).astype(rows.dtype)
+        return rows[1:] - column * rows[:1]
+
+    return h, list(map(less, X)), list(map(less, R))
+
+
+def _row(stacked: list, i: int) -> list:
+    return [leaf[i] for leaf in stacked]
 
 
 def aside(x: list, units: Units) -> list:
@@ -159,20 +176,7 @@ def _difference(new: Point, old: Point, units: Units) -> tuple[list, list]:
 
 def _blur(mixed: Array, length: Array, floor: Array) -> Array:
     """What round-off may leave of a difference after others were taken from it."""
-    return 4 * (1 + jnp.abs(mixed)) * floor + 100 * jnp.finfo(floor.dtype).eps * length
-
-
-def _coefficient(valid: Array, q: list, v: list) -> Array:
-    """Of `v` along `q`, or 0."""
-    square = _tree.inner(q, q)
-    valid = valid & (square > 0)
-    return jnp.where(valid, _tree.inner(q, v) / jnp.where(valid, square, 1.0), 0.0)
-
-
-def _less(c: Array, x: list, y: list | None) -> list:
-    """`y - c x`, where `None` stands for zero."""
-    zero = y is None
-    return _tree.axpy(-c, x, [jnp.zeros_like(xi) for xi in x] if zero else y)
+    return 4 * (1 + mixed) * floor + 100 * jnp.finfo(floor.dtype).eps * length
 
 
 def _over(error: Array, residual: Array, otherwise: Array) -> Array:

@@ -1,8 +1,8 @@
 r"""The loop: it evaluates the map, estimates the error, and decides when to stop and why.
 
 The stop test bounds the error, not the step: the residual `f(x) - x`, times an amplification
-that the last three iterates show; see `_error.py`. All norms are taken in units of the
-tolerance, `atol + rtol |x|`.
+that the last three iterates and a distant one show; see `_error.py`. All norms are taken in
+units of the tolerance, `atol + rtol |x|`.
 """
 
 from collections.abc import Callable
@@ -170,11 +170,12 @@ def _start(
     frozen = _tree.stop_gradient((x0, fx0))
     r = _tree.sub(frozen[1], frozen[0])
     units, solved = scale.at(*frozen), _tree.all_zero(r)
-    residual = options.norm(units.measure(r))
-    floor = options.norm(units.measure(units.roundoff()))
+    roundoff = units.roundoff()
+    sizes = [units.measure(r), units.measure(roundoff), roundoff]
+    residual, floor, noise = _tree.norms(options.norm, sizes)
     lost = (residual <= _LOST * floor) & ~solved
     one = jnp.ones_like(residual)
-    noise = options.norm(units.roundoff()) / jnp.where(floor > 0, floor, 1.0)
+    noise = noise / jnp.where(floor > 0, floor, 1.0)
     seen = _tree.where(solved, Amplification(one, noise), unknown(residual))
     code = jnp.where(jnp.isfinite(residual), RUNNING, NONFINITE)
     code = jnp.where(solved, CONVERGED, code).astype(jnp.int32)
@@ -226,20 +227,21 @@ def _finish(state: _State, scale: Scale, options: LoopOptions) -> tuple[list, Ou
         x, fx = _tree.where(failed, state.best[:2], (x, fx))
     at, value = _tree.stop_gradient((x, fx))
     r, units = _tree.sub(value, at), scale.at(at, value)
-    measured, roundoff = units.measure(r), units.roundoff()
-    floor = options.norm(units.measure(roundoff)) / FLOOR
+    measured, roundoff = units.measure(r), units.measure(units.roundoff())
+    clamped, attainable = units.clamped(), units.attainable
+    vectors = [measured, roundoff, attainable(measured), attainable(roundoff)]
+    residual, floor, rest, least = _tree.norms(options.norm, vectors)
+    residual = jnp.maximum(residual, floor / FLOOR)
+    rest = jnp.maximum(rest, least / FLOOR)
     amplified = state.amplification
-    ratio = amplified.scaled * jnp.maximum(options.norm(measured), floor)
-    clamped = units.clamped()
-    least = options.norm(units.attainable(units.measure(roundoff))) / FLOOR
-    rest = jnp.maximum(options.norm(units.attainable(measured)), least)
+    ratio = amplified.scaled * residual
 
     settled = (state.code == CONVERGED) | (state.code == ROUNDOFF)
     met = (ratio <= 1) | (clamped & (amplified.scaled * rest <= 1))
     verdict = jnp.where(met, CONVERGED, STAGNATED)
     code = jnp.where(settled, verdict, state.code)
     code = jnp.where(code == RUNNING, MAX_STEPS, code)
-    infinite = _tree.any_of([~jnp.isfinite(leaf) for leaf in (*state.x, *state.fx)])
+    infinite = _tree.any_of([~jnp.isfinite(both) for both in _tree.stack([state.x, state.fx])])
     code = jnp.where((code == NONFINITE) & ~infinite, DIVERGED, code)  # only the norm overflowed
 
     residual_norm = _tree.robust_norm(options.norm, r)
@@ -247,16 +249,23 @@ def _finish(state: _State, scale: Scale, options: LoopOptions) -> tuple[list, Ou
     before = state.recent[back]
     known = (back > 0) & (before > 0)
     quotient = jnp.where(known, state.recent[0] / jnp.where(known, before, 1.0), 0.0)
-    leaf_norms = jnp.stack([options.norm([leaf]).astype(ratio.dtype) for leaf in measured])
     return x, Outcome(
         code=code.astype(jnp.int32),
         num_steps=state.step,
         num_evaluations=state.step + 1,
         residual_norm=residual_norm,
-        error_estimate=amplified.plain * jnp.maximum(options.norm(measured), floor),
+        error_estimate=amplified.plain * residual,
         ratio=ratio,
         contraction_rate=quotient ** (1 / jnp.maximum(back, 1).astype(quotient.dtype)),
         tolerance_clamped=clamped,
-        worst=jnp.argmax(jnp.where(jnp.isfinite(leaf_norms), leaf_norms, jnp.inf)),
+        worst=_worst(measured, options.norm),
         history=state.history,
     )
+
+
+def _worst(measured: list, norm: Callable[[PyTree], Array]) -> Int[Array, ""]:
+    """The leaf with the largest residual."""
+    if len(measured) == 1:
+        return jnp.zeros((), jnp.int32)
+    norms = jnp.stack([norm([leaf]) for leaf in measured])
+    return jnp.argmax(jnp.where(jnp.isfinite(norms), norms, jnp.inf)).astype(jnp.int32)

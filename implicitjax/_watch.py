@@ -47,8 +47,8 @@ def look_back(
     """
     x, fx = now
     eps = jnp.finfo(residual.dtype).eps
-    floor = norm(units.measure(units.roundoff()))
-    moved = norm(units.measure(_tree.sub(x, watch.reference[0])))
+    moves = units.measure(_tree.sub(x, watch.reference[0]))
+    floor, moved = _tree.norms(norm, [units.measure(units.roundoff()), moves])
     grown = norm(_tree.sub(fx, x)) * float(eps) ** -_GROWTH > watch.first
     cycle = (moved <= floor) & (residual > 100 * floor)
     patience = 24 + amplification
