@@ -73,7 +73,7 @@ def two_equations() -> Problem:
     )
 
 
-def equilibrium_layer(n: int = 20, inputs: int = 5) -> Problem:
+def equilibrium_layer(n: int = 50, inputs: int = 5) -> Problem:
     """A layer `z = tanh(W z + U x)`, its loss `|z|² / 2`, and a direction in each of W, U, x."""
     rng = np.random.default_rng(0)
     W, U, x = rng.normal(size=(n, n)), rng.normal(size=(n, inputs)), rng.normal(size=inputs)

@@ -98,38 +98,48 @@ def amplification(
     """
     now, old, older, distant = points
     single, says, residual = glance
-    r, noise = units.measure(_residual(now)), norm(units.roundoff())
-    zero = list(map(jnp.zeros_like, r))
-    pairs = ((now, old), (old, older), (now, distant))
-    differences = [_difference(new, behind, units) for new, behind in pairs]
-    X, R = map(_tree.stack, zip(*differences, (zero, r), strict=True))
-    before = units.measure(_residual(old))
-    earlier, far, moved, behind = _tree.norms(norm, [_row(R, 1), _row(R, 2), _row(X, 1), before])
-    shows = earlier > floor
-    most = jnp.where(shows, moved / jnp.where(shows, earlier, 1.0), 0.0)
+    pairs = (now, old), (old, older), (now, distant)
+    dX, dR = zip(*(_difference(*pair, units) for pair in pairs), strict=True)
+    r, before = (units.measure(_residual(point)) for point in (now, old))
+    moved, *lengths, before = _tree.norms(norm, [dX[1], *dR[1:], before])
+    shows = lengths[0] > floor
+    most = jnp.where(shows, moved / jnp.where(shows, lengths[0], 1.0), 0.0)
     most = jnp.maximum(most, jnp.where(says, single, 0.0))
 
-    h, X, R = _eliminate(says, X, R)
-    more = norm(_row(R, 0)) > _blur(jnp.abs(h[0]), earlier, floor)
-    k, X, R = _eliminate(more, X, R)
-    new, rest = jax.vmap(norm)(R)
-    mixed = jnp.abs(h[1]) + jnp.abs(k[0])
-    _, X_all, R_all = _eliminate(new > _blur(mixed, far, floor), X, R)
-    left = norm(_row(R_all, 0))
-    explains = left <= _MOST * rest  # else it is stale, and fits by chance
-    error = _tree.where(explains, _row(X_all, 0), _row(X, 1))
-    others = units.restore(_tree.where(explains, _row(R_all, 0), _row(R, 1)))
-    error, plain, others = _tree.norms(norm, [error, units.restore(error), others])
+    zero = list(map(jnp.zeros_like, r))
+    rows = _tree.stack([*dX, zero]), _tree.stack([*dR, r])
+    error, rest, more = _resolve(*rows, says, lengths, floor, norm)
+    vectors = [error, rest, units.restore(error), units.restore(rest)]
+    error, rest, plain_error, plain_rest = _tree.norms(norm, vectors)
+    noise = norm(units.roundoff()) / jnp.where(floor > 0, floor, 1.0)
+    scaled = _over(error + most * rest, residual, single)
+    plain = _over(plain_error + most * plain_rest, residual, single * noise)
 
-    scaled = _over(error + most * jnp.where(explains, left, rest), residual, single)
-    noise = noise / jnp.where(floor > 0, floor, 1.0)
-    plain = _over(plain + most * others, residual, single * noise)
     known = last.scaled < unknown(residual).scaled
-    blurred = known & ((residual > behind) | (shows & ~more))
+    blurred = known & ((residual > before) | (shows & ~more))
     scaled = jnp.where(blurred, jnp.maximum(scaled, last.scaled), scaled)
     plain = jnp.where(blurred, jnp.maximum(plain, last.plain), plain)
     least = Amplification(single, single * noise)
     return _tree.where(says | shows, Amplification(scaled, plain), least)
+
+
+def _resolve(
+    X: list, R: list, says: Array, lengths: list[Array], floor: Array, norm: Callable
+) -> tuple[list, list, Array]:
+    """What the differences, all rows but the last, resolve of the residual, the last row of
+    `R`: its error and the rest, and whether the second difference has anything of its own.
+
+    `says` speaks for the first difference; `lengths` are those of the other two.
+    """
+    h, X, R = _eliminate(says, X, R)
+    more = norm(_row(R, 0)) > _blur(jnp.abs(h[0]), lengths[0], floor)
+    k, X, R = _eliminate(more, X, R)
+    new, rest = jax.vmap(norm)(R)
+    known = new > _blur(jnp.abs(h[1]) + jnp.abs(k[0]), lengths[1], floor)
+    _, X_all, R_all = _eliminate(known, X, R)
+    explains = norm(_row(R_all, 0)) <= _MOST * rest  # else it is stale, and fits by chance
+    with_all, without = (_row(X_all, 0), _row(R_all, 0)), (_row(X, 1), _row(R, 1))
+    return *_tree.where(explains, with_all, without), more
 
 
 def _eliminate(valid: Array, X: list, R: list) -> tuple[Array, list, list]:

@@ -60,8 +60,8 @@ def on_host(array: Array) -> np.ndarray:
     solve, so a few tens of microseconds are spent asking. `is_ready` is no part of the public
     class `jax.Array`, only of what programs return.
     """
-    ready = getattr(array, "is_ready", None)
-    for _ in range(_ASK if ready else 0):
+    ready = getattr(array, "is_ready", lambda: True)
+    for _ in range(_ASK):
         if ready():
             break
     return np.asarray(array)

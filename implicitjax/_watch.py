@@ -11,9 +11,9 @@ from . import _tree
 from ._outcome import DIVERGED, ROUNDOFF, RUNNING, STAGNATED
 from ._tolerance import Units
 
-# A residual that has grown by this power of the round-off does not come back: 1e20 in float32,
-# 1e45 in float64.
-_GROWTH = -2.9
+# A residual that has grown by this power of the inverse round-off does not come back: 1e20 in
+# float32, 1e45 in float64.
+_GROWTH = 2.9
 # Cycles, divergence and noise are looked for at every such step.
 EVERY = 8
 
@@ -49,7 +49,7 @@ def look_back(
     eps = jnp.finfo(residual.dtype).eps
     moves = units.measure(_tree.sub(x, watch.reference[0]))
     floor, moved = _tree.norms(norm, [units.measure(units.roundoff()), moves])
-    grown = norm(_tree.sub(fx, x)) * float(eps) ** -_GROWTH > watch.first
+    grown = norm(_tree.sub(fx, x)) * float(eps) ** _GROWTH > watch.first
     cycle = (moved <= floor) & (residual > 100 * floor)
     patience = 24 + amplification
     late = (step - watch.best_at).astype(patience.dtype) >= patience
