@@ -267,5 +267,6 @@ def _worst(measured: list, norm: Callable[[PyTree], Array]) -> Int[Array, ""]:
     """The leaf with the largest residual."""
     if len(measured) == 1:
         return jnp.zeros((), jnp.int32)
-    norms = jnp.stack([norm([leaf]) for leaf in measured])
+    dtype = _tree.accumulation_dtype(measured)
+    norms = jnp.stack([norm([leaf]).astype(dtype) for leaf in measured])
     return jnp.argmax(jnp.where(jnp.isfinite(norms), norms, jnp.inf)).astype(jnp.int32)

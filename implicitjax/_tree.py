@@ -109,8 +109,8 @@ def stack(vectors: Sequence[list]) -> list:
 
 
 def norms(norm: Callable[[list], Array], vectors: Sequence[list]) -> Float[Array, " m"]:
-    """The norms of `m` vectors of the same shapes. Each reduction that a program contains
-    costs it as much as a small operation before it even starts; this is one for all.
+    """The norms of `m` vectors of the same shapes, in one reduction: each that stands in a
+    program costs its calls three buffers, before anything runs.
     """
     return jax.vmap(norm)(stack(vectors))
 

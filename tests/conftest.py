@@ -13,6 +13,13 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 
+@pytest.fixture(autouse=True, scope="module")
+def forget_programs():
+    """Each compiled program holds on to mappings of memory, of which Linux grants 65 530."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture
 def x32():
     """Runs a test with 64-bit types off, as most users have them."""
