@@ -7,10 +7,16 @@ from pathlib import Path
 
 import jax
 
-from . import compiled, eager, solvers
+from . import budget, compiled, eager, honesty, solvers
 from .report import Report
 
-TOPICS = {"eager": eager.run, "compiled": compiled.run, "solvers": solvers.run}
+TOPICS = {
+    "eager": eager.run,
+    "compiled": compiled.run,
+    "solvers": solvers.run,
+    "honesty": honesty.run,
+    "budget": budget.run,
+}
 
 
 def main() -> None:
@@ -23,6 +29,9 @@ def main() -> None:
     parser.add_argument(
         "topics", nargs="*", metavar="topic", help=f"of {', '.join(TOPICS)}; all by default"
     )
+    parser.add_argument(
+        "--rows", default="", metavar="TEXT", help="of the budget, only rows whose name has this"
+    )
     parser.add_argument("--json", type=Path, metavar="PATH", help="write the numbers there too")
     arguments = parser.parse_args()
     if unknown := set(arguments.topics) - set(TOPICS):
@@ -31,7 +40,10 @@ def main() -> None:
     report = Report()
     print(f"jax {jax.__version__}, {jax.default_backend()}, python {platform.python_version()}")
     for topic in arguments.topics or TOPICS:
-        TOPICS[topic](report)
+        if topic == "budget":
+            budget.run(report, arguments.rows)
+        else:
+            TOPICS[topic](report)
     if arguments.json is not None:
         arguments.json.write_text(json.dumps(report.tables, indent=1))
         print(f"\nwritten to {arguments.json}")

@@ -24,6 +24,10 @@ class Report:
     def note(self, text: str) -> None:
         print(f"   {text}")
 
+    def keep(self, title: str, row: dict[str, Any]) -> None:
+        """A row for `--json` alone."""
+        self.tables[self._topic].setdefault(title, []).append(row)
+
     def table(self, title: str, columns: Sequence[str], label: int = 34) -> "Table":
         """A table with these columns, to be filled row by row."""
         rows = self.tables[self._topic].setdefault(title, [])

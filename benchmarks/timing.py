@@ -1,6 +1,8 @@
-"""Times that can be divided by each other: interleaved, the shortest of many."""
+"""Times that can be divided by each other: interleaved, the shortest or the median of many."""
 
 import gc
+import operator
+import statistics
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -8,6 +10,7 @@ from typing import Any
 import jax
 
 Call = Callable[[], Any]
+Clock = Callable[[], float]
 
 
 def shortest(
@@ -50,11 +53,44 @@ def turn(call: Call, repeats: int = 1) -> float:
     return (time.perf_counter() - start) / repeats
 
 
+def paired(
+    a: Clock, b: Clock, *more: Clock, pairs: int, ratio: Callable[..., float] = operator.truediv
+) -> float:
+    """The median of `ratio(seconds of a, seconds of b, ...)` over neighbouring turns of A B A B.
+
+    A clock makes one turn and returns its seconds; each makes `pairs` turns. The turns A1 B1 A2 B2
+    give the ratios A1/B1, A2/B1 and A2/B2. On a machine that becomes slower some of them are too
+    small and as many too large, so that their median is right.
+    """
+    clocks = (a, b, *more)
+    k = len(clocks)
+    turns = [clock() for _ in range(pairs) for clock in clocks]
+    ratios = []
+    for i in range(len(turns) - k + 1):
+        neighbours, first = turns[i : i + k], -i % k  # first: where the turn of `a` stands
+        ratios.append(ratio(*neighbours[first:], *neighbours[:first]))
+    return statistics.median(ratios)
+
+
+def steady(call: Call, block: float = 1e-3) -> Clock:
+    """A clock for `paired`. A turn is one call that is not counted, then as many as take about
+    `block` seconds; the clock returns the seconds of one."""
+    turn(call)
+    repeats = max(1, round(block / turn(call)))
+
+    def clock() -> float:
+        turn(call)
+        return turn(call, repeats)
+
+    return clock
+
+
 def compile_time(program: Callable, *args: Any, repeats: int = 3) -> float:
     """Seconds of tracing and compiling, when nothing of it is known from before."""
     best = float("inf")
     for _ in range(repeats):
         jax.clear_caches()
+        gc.collect()  # frees what the caches held, before the time starts
         start = time.perf_counter()
         jax.jit(program).lower(*args).compile()
         best = min(best, time.perf_counter() - start)

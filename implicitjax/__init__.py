@@ -4,7 +4,7 @@ from ._adjoint import ImplicitAdjoint, UnrolledAdjoint
 from ._fixed_point import implicit_fixed_point
 from ._layer import FixedPointLayer
 from ._solution import ConvergenceError, DerivativeError, Result, Solution, Stats
-from ._table import Leaf, Structure
+from ._trace import Leaf, Structure
 from ._tree import rms_norm
 from .diagnostics import structure
 from .linear import (

@@ -1,12 +1,9 @@
 """The front door: trace, iterate, differentiate, rebuild, report."""
 
 import dataclasses
-import inspect
-import operator
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
-import equinox as eqx
 import jax
 import numpy as np
 from jax import Array
@@ -14,17 +11,14 @@ from jax.core import Tracer
 from jaxtyping import PyTree
 
 from . import _tree
-from ._adjoint import AbstractAdjoint, ImplicitAdjoint, UnrolledAdjoint
-from ._call import Call, Held, is_array, split_call, Static
-from ._check import nonnegative, positive_int
-from ._iterate import LoopOptions
-from ._outcome import CONVERGED, RESULT_NAMES
-from ._problem import trace
-from ._program import Options, solve_by_structure, solve_by_trace, Solved, Statics
-from ._purity import Certificate, certify
-from ._report import first_failure, on_host, poison, public_error, raise_if
-from ._solution import convergence_message, ConvergenceError, Solution
-from .linear._transposable import OnFailure
+from ._adjoint import AbstractAdjoint, ImplicitAdjoint
+from ._check import nonnegative
+from ._configuration import configure
+from ._failures import first_failure, poison, public_error, raise_if
+from ._loop import CONVERGED, Outcome, RESULT_NAMES
+from ._solution import convergence_message, ConvergenceError, Solution, Stats
+from ._solve import solve
+from ._trace import Problem, trace
 from .solvers import AbstractSolver, Anderson
 
 # Made once: a module costs more to make than a compiled solve of a few unknowns.
@@ -107,122 +101,52 @@ def implicit_fixed_point(
     """
     nonnegative("rtol", rtol)
     nonnegative("atol", atol)
-    methods = _split(solver, adjoint)
-    max_steps = _steps(max_steps)
-    loop = LoopOptions(
-        max_steps,
-        norm,
-        early_stop and not methods.unrolled,
-        history,
-        on_failure == "return",
-        progress,
+    configuration, methods = configure(
+        solver, adjoint, max_steps, norm, early_stop, on_failure, history, progress
     )
-    options = Options(loop, has_aux, on_failure)
-    _check_options(options)
-
-    call, arrays = split_call(f, x0, args, has_aux)
-    tool_arrays, tool_statics = [methods.arrays, rtol, atol], methods.statics
-    certificate = _certificate(call, f, x0, args)
+    problem, inputs = trace(f, x0, args, has_aux)
     try:
-        if certificate is not None and certificate.holds():
-            solved = solve_by_structure(call, tool_statics, options, arrays, tool_arrays)
-        else:
-            traced, consts, arrays = trace(call, arrays)
-            solved = solve_by_trace(traced, tool_statics, options, consts, arrays, tool_arrays)
-        return _report(solved, on_failure)
+        state, aux, outcome = solve(problem, configuration, inputs, methods, [rtol, atol])
+        if on_failure == "raise":
+            state, aux = _raise_if_failed(problem, outcome, state, aux)
     except (jax.errors.JaxRuntimeError, ValueError) as error:  # of a callback, by JAX
         plain = public_error(error)
         if plain is None:
             raise
         raise plain from None
+    value, aux = problem.rebuild(state, aux)
+    return Solution(value, aux, _stats(problem, outcome), outcome.result())
 
 
-_certificates: dict[Call, Certificate | None] = {}
-_UNKNOWN: Any = object()
-_MAX_REMEMBERED = 4096
+def _stats(problem: Problem, outcome: Outcome) -> Stats:
+    history = outcome.history
+    if history is not None:
+        history = problem.rebuild_history([history[..., i] for i in range(history.shape[-1])])
+    return Stats(
+        num_steps=outcome.num_steps,
+        num_evaluations=outcome.num_evaluations,
+        residual_norm=outcome.residual_norm,
+        error_estimate=outcome.error_estimate,
+        contraction_rate=outcome.contraction_rate,
+        tolerance_clamped=outcome.tolerance_clamped,
+        residual_history=history,
+    )
 
 
-def _certificate(call: Call, f: Any, x0: Any, args: tuple) -> Certificate | None:
-    """Whether the map may be known by its structure; see `_purity.py`.
-
-    Only of modules and of functions with a name at the top level of their file: others are
-    made anew by each call of what surrounds them, and would be compiled anew.
-    """
-    if not isinstance(f, eqx.Module) and not (
-        inspect.isfunction(f) and f.__name__ == f.__qualname__ and f.__name__ != "<lambda>"
-    ):
-        return None
-    try:
-        known = _certificates.get(call, _UNKNOWN)
-    except (TypeError, ValueError):  # static leaves that cannot be hashed or compared
-        return None
-    if known is not _UNKNOWN:
-        return known
-    if len(_certificates) >= _MAX_REMEMBERED:
-        _certificates.clear()
-    _certificates[call] = certificate = certify((f, x0, args))
-    return certificate
-
-
-class _Methods(NamedTuple):
-    """A solver and an adjoint, checked, and split into arrays and the rest."""
-
-    held: tuple[AbstractSolver, AbstractAdjoint]
-    arrays: list
-    statics: Statics
-    unrolled: bool
-
-
-# Methods without arrays, by identity; they are held, so that no other gets the same `id`.
-_methods: dict[tuple[int, int], _Methods] = {}
-
-
-def _split(solver: AbstractSolver, adjoint: AbstractAdjoint) -> _Methods:
-    """Arrays are inputs of the program; the rest is part of its key."""
-    key = (id(solver), id(adjoint))
-    if key in _methods:
-        return _methods[key]
-    _check_methods(solver, adjoint)
-    leaves, treedef = jax.tree.flatten((solver, adjoint))
-    arrays = [leaf for leaf in leaves if is_array(leaf)]
-    statics = Statics(treedef, tuple(None if is_array(x) else Static(x) for x in leaves))
-    unrolled = isinstance(adjoint, UnrolledAdjoint)
-    methods = _Methods((solver, adjoint), arrays, statics, unrolled)
-    if not arrays:
-        if len(_methods) >= _MAX_REMEMBERED:
-            _methods.clear()
-        _methods[key] = methods
-    return methods
-
-
-def _report(solved: Solved, on_failure: OnFailure) -> Solution:
+def _raise_if_failed(
+    problem: Problem, outcome: Outcome, state: list, aux: list
+) -> tuple[list, list]:
     """Raises on the host, or where only a running program can know, from within it."""
-    solution = solved.solution
-    if solved.facts.has_held:
-        solution = jax.tree.map(
-            lambda leaf: leaf.leaf.value if isinstance(leaf, Held) else leaf,
-            solution,
-            is_leaf=lambda leaf: isinstance(leaf, Held),
-        )
-    if on_failure != "raise":
-        return solution
-    report = solved.report
-    concrete = not isinstance(report, Tracer)
-    if concrete and on_host(report)[0] == CONVERGED:
-        return solution
-    stats = solution.stats
-    numbers = {
-        "report": report,
-        "num_steps": stats.num_steps,
-        "residual_norm": stats.residual_norm,
-        "contraction_rate": stats.contraction_rate,
-    }
+    concrete = not isinstance(outcome.code, Tracer)
+    if concrete and int(outcome.code) == CONVERGED:
+        return state, aux
+    failure = ConvergenceFailure(tuple(problem.paths[i] for i in problem.roles.feedback))
+    names = ("code", "ratio", "worst", "num_steps", "residual_norm", "contraction_rate")
+    numbers = {name: jax.lax.stop_gradient(getattr(outcome, name)) for name in names}
     if concrete:
-        ConvergenceFailure(solved.facts.paths)(True, numbers)
-    failed = raise_if(report[0] != CONVERGED, ConvergenceFailure(solved.facts.paths), numbers)
-    value, aux = poison(failed, eqx.filter((solution.value, solution.aux), eqx.is_array))
-    value, aux = eqx.combine((value, aux), (solution.value, solution.aux))
-    return Solution(value, aux, solution.stats, solution.result)
+        failure(True, numbers)
+    failed = raise_if(outcome.code != CONVERGED, failure, numbers)
+    return poison(failed, (state, aux))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -237,36 +161,5 @@ class ConvergenceFailure:
     def __call__(self, failed: Any, operands: dict[str, Any]) -> None:
         """Called on the host with concrete numbers."""
         numbers, lane = first_failure(np.asarray(failed), operands)
-        code, ratio, worst = numbers["report"]
-        info = {**numbers, "ratio": ratio, "leaf": self.paths[int(worst)]}
-        result = RESULT_NAMES[int(code)]
-        raise ConvergenceError(convergence_message(result, info, lane))
-
-
-def _check_methods(solver: Any, adjoint: Any) -> None:
-    if not isinstance(solver, AbstractSolver):
-        raise TypeError(
-            f"solver must be one such as Anderson(), Newton() or Picard(), got {solver!r}."
-        )
-    if not isinstance(adjoint, (ImplicitAdjoint, UnrolledAdjoint)):
-        raise TypeError(f"adjoint must be ImplicitAdjoint() or UnrolledAdjoint(), got {adjoint!r}.")
-
-
-def _steps(max_steps: Any) -> int:
-    try:
-        max_steps = operator.index(max_steps)
-    except TypeError:
-        raise TypeError(f"max_steps must be a Python integer, got {max_steps!r}.") from None
-    positive_int("max_steps", max_steps)
-    return max_steps
-
-
-def _check_options(options: Options) -> None:
-    if not callable(options.loop.norm):
-        raise TypeError(f"norm must be callable, got {options.loop.norm!r}.")
-    if options.loop.progress is not None and not callable(options.loop.progress):
-        raise TypeError(f"progress must be callable or None, got {options.loop.progress!r}.")
-    if options.on_failure not in ("raise", "nan", "return"):
-        raise ValueError(
-            f'on_failure must be "raise", "nan" or "return", got {options.on_failure!r}.'
-        )
+        info = {**numbers, "leaf": self.paths[int(numbers["worst"])]}
+        raise ConvergenceError(convergence_message(RESULT_NAMES[int(numbers["code"])], info, lane))

@@ -17,7 +17,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array, lax
 from jaxtyping import Bool, Float, PyTree
 
@@ -55,8 +54,8 @@ def sub(x: PyTree, y: PyTree) -> PyTree:
 
 
 def where(condition: Bool[Array, ""], x: PyTree, y: PyTree) -> PyTree:
-    """`x` where the scalar `condition` holds, else `y`; dtypes (and keys) are kept."""
-    return jax.tree.map(lambda xi, yi: jnp.where(condition, xi, yi), x, y)
+    """`x` where the scalar `condition` holds, else `y`; both of the same dtypes."""
+    return jax.tree.map(lambda xi, yi: lax.select(condition, xi, yi), x, y)
 
 
 def stop_gradient(tree: PyTree) -> PyTree:
@@ -76,51 +75,49 @@ def inner(x: PyTree, y: PyTree) -> Float[Array, ""]:
     """The real inner product `Re <x, y>`, summed over all leaves."""
     dtype = accumulation_dtype(x, y)
     products = jax.tree.map(lambda xi, yi: jnp.sum(_real_product(xi, yi, dtype)), x, y)
-    return sum(jax.tree.leaves(products), jnp.zeros((), dtype))
+    return _total(products, dtype)
 
 
-def inner_columns(columns: PyTree, x: PyTree) -> Float[Array, " m"]:
-    """`Re <column_i, x>` for the `m` columns stacked along the first axis of each leaf."""
-    dtype = accumulation_dtype(columns, x)
+def _total(sums: PyTree, dtype: Any) -> Array:
+    leaves = jax.tree.leaves(sums)
+    return functools.reduce(jnp.add, leaves) if leaves else jnp.zeros((), dtype)
+
+
+def squares(x: Array) -> Array:
+    """`|x_i|^2` in float32 at least, elementwise."""
+    return _real_product(x, x, accumulation_dtype(x))
+
+
+def inner_columns(columns: PyTree, rows: PyTree) -> Float[Array, "m k"]:
+    """`Re <column_i, row_j>` for `m` columns and `k` rows, each stacked along the first axis."""
+    dtype = accumulation_dtype(columns, rows)
 
     def leaf(ci: Array, xi: Array) -> Array:
-        if _explicitly_sharded(xi):  # a contraction of such an axis is an error
-            return jnp.sum(_real_product(ci, xi[None], dtype), axis=tuple(range(1, ci.ndim)))
+        if explicitly_sharded(xi):  # a contraction of such an axis is an error
+            product = _real_product(ci[:, None], xi[None], dtype)
+            return jnp.sum(product, axis=tuple(range(2, product.ndim)))
         ci, xi = widen(ci, dtype), widen(xi, dtype)
         pairs = [(ci.real, xi.real), (ci.imag, xi.imag)] if jnp.iscomplexobj(ci) else [(ci, xi)]
-        dots = [jnp.tensordot(c, v, axes=v.ndim, precision="highest") for c, v in pairs]
-        return sum(dots[1:], dots[0])
+        axes = tuple(range(1, ci.ndim))
+        dims = ((axes, axes), ((), ()))
+        return functools.reduce(
+            jnp.add, [lax.dot_general(c, v, dims, precision="highest") for c, v in pairs]
+        )
 
-    return sum(jax.tree.leaves(jax.tree.map(leaf, columns, x)), jnp.zeros((), dtype))
+    return _total(jax.tree.map(leaf, columns, rows), dtype)
 
 
-def _explicitly_sharded(x: Array) -> bool:
+def explicitly_sharded(x: Array) -> bool:
     return any(axis is not None for axis in jax.typeof(x).sharding.spec)
 
 
-def stack(vectors: Sequence[list]) -> list:
-    """Vectors of the same shapes as the rows of one, along a new first axis."""
-
-    def rows(*leaves: Array) -> Array:
-        dtype = np.result_type(*(leaf.dtype for leaf in leaves))  # a real one among complex ones
-        return jnp.stack([leaf.astype(dtype) for leaf in leaves])
-
-    return list(map(rows, *vectors))
-
-
-def norms(norm: Callable[[list], Array], vectors: Sequence[list]) -> Float[Array, " m"]:
-    """The norms of `m` vectors of the same shapes, in one reduction: each that stands in a
-    program costs its calls three buffers, before anything runs.
-    """
-    return jax.vmap(norm)(stack(vectors))
-
-
-def combine_columns(columns: PyTree, weights: Float[Array, " m"]) -> PyTree:
-    """`sum_i weights_i column_i`, every leaf in its own dtype."""
+def combine_columns(columns: PyTree, weights: Float[Array, "m k"]) -> PyTree:
+    """`sum_i weights_ij column_i` for every `j`, stacked, every leaf in its own dtype."""
 
     def leaf(ci: Array) -> Array:
         wide = widen(ci, weights.dtype)
-        combined = jnp.tensordot(weights.astype(wide.dtype), wide, axes=1, precision="highest")
+        dims = (((0,), (0,)), ((), ()))
+        combined = lax.dot_general(weights.astype(wide.dtype), wide, dims, precision="highest")
         return combined.astype(ci.dtype)
 
     return jax.tree.map(leaf, columns)
@@ -157,7 +154,7 @@ def magnitude(x: PyTree) -> Float[Array, ""]:
     """The mean of `|x_i|` over all entries: a scale that no square can overflow."""
     dtype = accumulation_dtype(x)
     total = jax.tree.map(lambda xi: jnp.sum(jnp.abs(xi).astype(dtype)), x)
-    return sum(jax.tree.leaves(total), jnp.zeros((), dtype)) / max(size(x), 1)
+    return _total(total, dtype) / max(size(x), 1)
 
 
 def robust_norm(norm: Callable[[PyTree], Array], x: list) -> Float[Array, ""]:
@@ -165,9 +162,15 @@ def robust_norm(norm: Callable[[PyTree], Array], x: list) -> Float[Array, ""]:
     vanishes. NaN and infinity reach the result.
     """
     s = magnitude(x)
-    s = jnp.where((s > 0) & jnp.isfinite(s), s, 1.0)
+    s = jnp.maximum(s, float(jnp.finfo(s.dtype).tiny))
     wide = [widen(xi, s.dtype) for xi in x]
     return s * norm([xi / s.astype(xi.dtype) for xi in wide])
+
+
+def all_finite(x: Sequence[Array]) -> Bool[Array, ""]:
+    """Whether nothing is NaN or infinite. By a sum: on several devices a maximum drops NaN."""
+    zeros = [jnp.sum(0 * jnp.abs(xi)).astype(jnp.float32) for xi in x]
+    return functools.reduce(jnp.add, zeros) == 0
 
 
 def any_of(flags: Sequence[Array]) -> Bool[Array, ""]:

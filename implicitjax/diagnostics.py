@@ -6,9 +6,7 @@ from typing import Any
 import jax
 from jaxtyping import PyTree
 
-from ._call import split_call
-from ._problem import trace
-from ._table import Leaf, Structure
+from ._trace import Leaf, Structure, trace
 
 
 def structure(f: Callable[..., Any], x0: PyTree, *args: Any, has_aux: bool = False) -> Structure:
@@ -53,11 +51,10 @@ def structure(f: Callable[..., Any], x0: PyTree, *args: Any, has_aux: bool = Fal
 
     ```
     """
-    call, arrays = split_call(f, x0, args, has_aux)
-    traced, _, arrays = trace(call, arrays)
-    known = {leaf.path: leaf for leaf in traced.table(traced.roles).leaves}
+    problem, _ = trace(f, x0, args, has_aux)
+    known = {leaf.path: leaf for leaf in problem.table(problem.roles).leaves}
     leaves = []
     for path, _ in jax.tree_util.tree_flatten_with_path(x0)[0]:
         name = "x0" + jax.tree_util.keystr(path)
         leaves.append(known.get(name, Leaf(name, None, None, "static", None)))
-    return Structure(tuple(leaves), len(traced.roles.groups))
+    return Structure(tuple(leaves), len(problem.roles.groups))

@@ -131,16 +131,31 @@ def fold(a):
     return lambda x: x + a - x**2
 
 
-def test_a_derivative_where_there_is_none_is_an_error():
-    def solve(a):
-        return ij.implicit_fixed_point(fold(a), 0.0).value
+def test_a_double_root_is_no_solution_that_could_be_trusted():
+    """At `a = 0` the residual of the guess is zero, and its error could be anything."""
+    with pytest.raises(ij.ConvergenceError, match="stagnated"):
+        ij.implicit_fixed_point(fold(0.0), 0.0)
 
+
+def free(x, a):
+    """`x + y = a` alone is asked for: a line of solutions, each without a derivative."""
+    return x + 0.4 * (a - x[0] - x[1]) * jnp.array([1.0, 2.0])
+
+
+def test_a_derivative_where_there_is_none_is_an_error():
+    """The equation moves `x` along (1, 2), across which `I - J` is singular."""
+
+    def solve(a):
+        return ij.implicit_fixed_point(free, jnp.array([0.3, 0.1]), a, solver=ij.Picard()).value
+
+    def loss(a):
+        return solve(a)[0]
+
+    np.testing.assert_allclose(solve(1.0).sum(), 1.0, rtol=1e-9)
     words = "condition number of I - df/dx"
-    with pytest.raises(ij.DerivativeError, match=words):
-        jax.jvp(solve, (0.0,), (1.0,))
-    for function in (jax.grad(solve), jax.jit(jax.grad(solve)), jax.jit(jax.jacfwd(solve))):
+    for function in (jax.grad(loss), jax.jit(jax.grad(loss))):
         with pytest.raises(WRAPPED, match=words):
-            jax.block_until_ready(function(0.0))
+            jax.block_until_ready(function(1.0))
 
 
 def test_a_derivative_where_there_is_none_is_nan_in_its_lane_alone():

@@ -9,7 +9,7 @@ from jax import Array, lax
 from jaxtyping import Bool, PyTree
 
 from .. import _tree
-from .._report import first_failure, raise_if
+from .._failures import first_failure, raise_if
 from .._solution import derivative_message, DerivativeError
 from ._base import AbstractLinearSolver, Operator, scaled_solve, Vector
 

@@ -1,13 +1,15 @@
 """Anderson acceleration."""
 
+import dataclasses
+
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Bool, Float, Int
 
 from .. import _tree
 from .._check import damping_factor, positive_int
+from .._packing import Packing, whole as whole_leaves
 from ._base import AbstractSolver, Iterate, Map
 
 # A difference of which this part or less is new starts the window anew, and so does a residual
@@ -78,106 +80,131 @@ class Anderson(AbstractSolver):
 
     - `memory`: columns kept, at most; never more than there are unknowns.
     - `damping`: `d`, above 0 and at most 1.
+    - `layout`: which entries are of one leaf; set by the loop.
     """
 
     memory: int = 10
     damping: float = 1.0
+    layout: Packing | None = eqx.field(static=True, default=None)
 
     def __check_init__(self) -> None:
         positive_int("Anderson(memory)", self.memory)
         damping_factor("Anderson(damping)", self.damping)
 
+    def arrange(self, layout: Packing) -> "Anderson":
+        """The same method, which knows the leaves in its vectors."""
+        return dataclasses.replace(self, layout=layout)
+
     def init(self, x: Iterate) -> AndersonState:
         """An empty window."""
         unknowns = sum(xi.size * (2 if jnp.iscomplexobj(xi) else 1) for xi in x)
         m = min(self.memory, unknowns)
-        zeros = jax.tree.map(jnp.zeros_like, x)
-        columns = jax.tree.map(lambda xi: jnp.zeros((m, *xi.shape), xi.dtype), x)
-        dtype = _tree.accumulation_dtype(x)
+        zeros = [jnp.zeros_like(xi) for xi in x]
+        columns = [jnp.broadcast_to(zero, (m, *zero.shape)) for zero in zeros]  # sharded alike
+        none, nothing = jnp.zeros((), jnp.int32), jnp.zeros((), _tree.accumulation_dtype(x))
         return AndersonState(
-            count=jnp.zeros((), jnp.int32),
-            unit=[jnp.ones((), jnp.finfo(xi.dtype).dtype) for xi in x],
+            count=none,
+            unit=self._sizes(x, x),
             x=zeros,
             r=zeros,
-            residual=jnp.zeros((), dtype),
+            residual=nothing,
             V=columns,
             P=columns,
             active=jnp.zeros((m,), bool),
-            plain=jnp.zeros((), jnp.int32),
-            patience=jnp.ones((), jnp.int32),
-            failed_at=jnp.zeros((), dtype),
+            plain=none,
+            patience=none + 1,
+            failed_at=nothing,
         )
 
     def step(
         self, f: Map, x: Iterate, fx: Iterate, state: AndersonState
     ) -> tuple[Iterate, AndersonState]:
         """`x + d (r - V g) - P g` with `g = V^T r`."""
-        first = state.count == 0
-        unit = _tree.where(first, _sizes(*_tree.stop_gradient((x, _tree.sub(fx, x)))), state.unit)
-        scale = [u.astype(xi.dtype) for xi, u in zip(x, unit, strict=True)]
-        x_hat = [xi / s for xi, s in zip(x, scale, strict=True)]
-        r = [ri / s for ri, s in zip(_tree.sub(fx, x), scale, strict=True)]
+        started, r = state.count > 0, _tree.sub(fx, x)
+        unit = _tree.where(started, state.unit, self._sizes(*_tree.stop_gradient((x, r))))
+        scale = [ui.astype(xi.dtype) for xi, ui in zip(x, unit, strict=True)]
+        x_hat, r = _divide(x, scale), _divide(r, scale)
         residual = _norm(r)
 
-        # The new column: the last difference, less what the window has of it already.
-        m = jnp.asarray(state.active.shape[0], state.count.dtype)
-        slot = lax.rem(state.count + m - 1, m)
-        here = lax.iota(m.dtype, state.active.shape[0]) == slot
+        # What the window, but for the slot that is due, has of the last difference and of r.
+        m = state.active.shape[0]
+        slot = lax.rem(state.count + (m - 1), jnp.int32(m))
+        here = lax.iota(jnp.int32, m) == slot
         others = state.active & ~here
         dr, dx = _tree.sub(r, state.r), _tree.sub(x_hat, state.x)
-        h = jnp.where(others, _tree.inner_columns(state.V, dr), 0.0)
-        v = _tree.sub(dr, _tree.combine_columns(state.V, h))
-        p = _tree.sub(dx, _tree.combine_columns(state.P, h))
+        both = [jnp.stack(pair) for pair in zip(dr, r, strict=True)]
+        products = _tree.inner_columns(state.V, both)
+        products = lax.select(
+            jnp.broadcast_to(others[:, None], products.shape), products, jnp.zeros_like(products)
+        )
+        V, P = (_tree.combine_columns(columns, products) for columns in (state.V, state.P))
+
+        # The new column: what of the difference is new.
+        v, p = _tree.sub(dr, [Vi[0] for Vi in V]), _tree.sub(dx, [Pi[0] for Pi in P])
         whole, new = _norm(dr), _norm(v)
         anew = (new <= _NEW * whole) | (residual > _GREW * state.residual)
         v, p = _tree.where(anew, (dr, dx), (v, p))
-        length = jnp.where(anew, whole, new)
-        usable = ~first & (length > 0)
-        active = jnp.where(here, usable, others & ~anew)
-        V = _put(state.V, slot, v, length, usable)
-        P = _put(state.P, slot, p, length, usable)
+        length = lax.select(anew, whole, new)
+        usable = started & (length > 0)
+        shorten = lax.select(usable, 1 / _or_one(length), jnp.zeros_like(length))
+        v, p = _times(shorten, v), _times(shorten, p)
 
         # Plain steps after an extrapolation that failed, until they too lead away.
-        failed = ~first & (state.plain == 0) & (residual > _WORSE * state.residual)
-        plain = jnp.where(failed, state.patience, state.plain)
-        patience = jnp.where(failed, jnp.minimum(2 * state.patience, _PLAIN), state.patience)
-        failed_at = jnp.where(failed, residual, state.failed_at)
-        plain = jnp.where(residual > _AWAY * failed_at, 0, plain)
-        extrapolate = plain == 0
+        failed = started & (state.plain == 0) & (residual > _WORSE * state.residual)
+        plain = lax.select(failed, state.patience, state.plain)
+        doubled = jnp.minimum(2 * state.patience, _PLAIN)
+        failed_at = lax.select(failed, residual, state.failed_at)
+        plain = lax.select(residual > _AWAY * failed_at, jnp.zeros_like(plain), plain)
 
-        g = jnp.where(active & extrapolate, _tree.inner_columns(V, r), 0.0)
-        towards = _tree.sub(r, _tree.combine_columns(V, g))
-        along = _tree.sub(x_hat, _tree.combine_columns(P, g))
-        x_new = _tree.axpy(self.damping, towards, along)
-        out = [xi * s for xi, s in zip(x_new, scale, strict=True)]
-        left = jnp.maximum(plain - 1, 0)
+        extrapolate = (plain == 0).astype(length.dtype)
+        old = extrapolate * (1 - anew.astype(length.dtype))
+        g = extrapolate * _tree.inner(v, r)
+        out = []
+        for xi, ri, vi, pi, Vi, Pi, si in zip(x_hat, r, v, p, V, P, scale, strict=True):
+            g_i, old_i, d = (jnp.asarray(a).astype(xi.dtype) for a in (g, old, self.damping))
+            towards = ri - old_i * Vi[1] - g_i * vi
+            out.append((xi + d * towards - old_i * Pi[1] - g_i * pi) * si)
+        put = lambda columns, column: [
+            lax.dynamic_update_index_in_dim(ci, vi, slot, 0)
+            for ci, vi in zip(columns, column, strict=True)
+        ]
         return out, AndersonState(
-            state.count + 1, unit, x_hat, r, residual, V, P, active, left, patience, failed_at
+            count=state.count + 1,
+            unit=unit,
+            x=x_hat,
+            r=r,
+            residual=residual,
+            V=put(state.V, v),
+            P=put(state.P, p),
+            active=(here & usable) | (others & ~anew),
+            plain=jnp.maximum(plain - 1, 0),
+            patience=lax.select(failed, doubled, state.patience),
+            failed_at=failed_at,
         )
 
+    def _sizes(self, x: Iterate, r: Iterate) -> list[Array]:
+        """The scale of each leaf at the start, the larger of the means of iterate and residual."""
+        layout = whole_leaves(x) if self.layout is None else self.layout
+        means = [layout.spread_means(list(map(jnp.abs, v))) for v in (x, r)]
+        sizes = [jnp.maximum(a, b) for a, b in zip(*means, strict=True)]
+        return [lax.select(size > 0, size, jnp.ones_like(size)) for size in sizes]
 
-def _sizes(x: Iterate, r: Iterate) -> list[Array]:
-    """The scale of each leaf at the start, the larger of iterate and residual."""
-    sizes = []
-    for xi, ri in zip(x, r, strict=True):
-        size = jnp.maximum(_tree.magnitude(xi), _tree.magnitude(ri))
-        sizes.append(jnp.where(size > 0, size, 1.0).astype(jnp.finfo(xi.dtype).dtype))
-    return sizes
+
+def _divide(x: Iterate, scale: list[Array]) -> Iterate:
+    return [xi / si for xi, si in zip(x, scale, strict=True)]
+
+
+def _times(factor: Float[Array, ""], x: Iterate) -> Iterate:
+    """In wide precision, since the factor may not fit a narrow one."""
+    wide = [_tree.widen(xi, factor.dtype) for xi in x]
+    return [(wi * factor.astype(wi.dtype)).astype(xi.dtype) for wi, xi in zip(wide, x, strict=True)]
 
 
 def _norm(x: Iterate) -> Float[Array, ""]:
     """The norm, with the derivative 0 at 0, for those who differentiate the iterations."""
     squared = _tree.inner(x, x)
-    return jnp.where(squared > 0, jnp.sqrt(jnp.where(squared > 0, squared, 1.0)), 0.0)
+    return lax.select(squared > 0, jnp.sqrt(_or_one(squared)), jnp.zeros_like(squared))
 
 
-def _put(columns: Iterate, slot: Array, x: Iterate, length: Array, usable: Array) -> Iterate:
-    """The columns with `x / length` in one slot, zero where it is not usable."""
-    factor = jnp.where(usable, 1 / jnp.where(length > 0, length, 1.0), 0.0)
-
-    def leaf(ci: Array, xi: Array) -> Array:
-        wide = _tree.widen(xi, factor.dtype)
-        column = (wide * factor.astype(wide.dtype)).astype(ci.dtype)
-        return lax.dynamic_update_index_in_dim(ci, column, slot, 0)
-
-    return jax.tree.map(leaf, columns, x)
+def _or_one(x: Float[Array, ""]) -> Float[Array, ""]:
+    return lax.select(x > 0, x, jnp.ones_like(x))

@@ -2,7 +2,7 @@
 
 import abc
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import equinox as eqx
 from jax import Array
@@ -17,7 +17,24 @@ class AbstractSolver(eqx.Module):
     An iterate is a list of real or complex arrays, the leaves of the unknown. All sums over
     it must treat a complex number as two reals (`Re <a, b>`), since `f` need not be
     holomorphic.
+
+    - `steady`: whether the residual of a solve falls at the rate of its error, so that the rate
+      alone tells the error. A method without memory, such as Picard's iteration.
+    - `uses_map`: whether a step costs evaluations or products of its own.
+    - `steps_to_value`: whether the next iterate is `f(x)` itself, so that it is stored once.
     """
+
+    steady: ClassVar[bool] = False
+    uses_map: ClassVar[bool] = False
+
+    @property
+    def steps_to_value(self) -> bool:
+        """Overridden by `Picard` alone."""
+        return False
+
+    def arrange(self, layout: Any) -> "AbstractSolver":
+        """The method for vectors in which several leaves travel; see `_packing.py`."""
+        return self
 
     @abc.abstractmethod
     def init(self, x: Iterate) -> Any:

@@ -1,5 +1,7 @@
 """Newton's method."""
 
+from typing import ClassVar
+
 import equinox as eqx
 import jax
 
@@ -23,6 +25,8 @@ class Newton(AbstractSolver):
 
     `f` must have a pushforward (`jax.jvp`).
     """
+
+    uses_map: ClassVar[bool] = True
 
     linear_solver: AbstractLinearSolver = eqx.field(
         default_factory=AutoLinearSolver, converter=as_linear_solver

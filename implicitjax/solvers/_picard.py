@@ -1,5 +1,7 @@
 """Picard's iteration."""
 
+from typing import ClassVar
+
 from .._check import damping_factor
 from .._tree import axpy, sub
 from ._base import AbstractSolver, Iterate, Map
@@ -15,16 +17,23 @@ class Picard(AbstractSolver):
       under -1 contract.
     """
 
+    steady: ClassVar[bool] = True
+
     damping: float = 1.0
 
     def __check_init__(self) -> None:
         damping_factor("Picard(damping)", self.damping)
+
+    @property
+    def steps_to_value(self) -> bool:
+        """Without damping the next iterate is `f(x)`."""
+        return isinstance(self.damping, float) and self.damping == 1.0
 
     def init(self, x: Iterate) -> None:
         """Picard's iteration has no memory."""
 
     def step(self, f: Map, x: Iterate, fx: Iterate, state: None) -> tuple[Iterate, None]:
         """`x + d (f(x) - x)`."""
-        if isinstance(self.damping, float) and self.damping == 1.0:
+        if self.steps_to_value:
             return fx, None
         return axpy(self.damping, sub(fx, x), x), None

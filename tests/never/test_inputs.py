@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from implicitjax._program import solve_by_trace
+from implicitjax._solve import solve as compiled_solve
 
 from ..systems import programs
 from . import solve
@@ -86,9 +86,9 @@ def test_09_a_lambda_made_anew_over_a_tracer():
         np.testing.assert_allclose(lanes, [0.5, 0.25], rtol=1e-8)
     numbers = [jnp.asarray(a) for a in (4.0, 9.0, 16.0)]
     root(numbers[0])
-    before = programs(solve_by_trace)
+    before = programs(compiled_solve)
     np.testing.assert_allclose([root(a) for a in numbers], [2.0, 3.0, 4.0], rtol=1e-9)
-    assert programs(solve_by_trace) == before
+    assert programs(compiled_solve) == before
 
 
 # 11. A mismatch of structure is reported without saying where. (More in `test_bad_input.py`.)

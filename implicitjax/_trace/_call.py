@@ -40,12 +40,6 @@ class Static:
             return False
 
 
-class Held(eqx.Module):
-    """A leaf that is no array on its way out of a compiled program."""
-
-    leaf: "Static" = eqx.field(static=True)
-
-
 class Call(NamedTuple):
     """A call of the map as a pytree: the structures of `f`, `x0` and `args`, and leaf by leaf
     their `statics`, `None` where the leaf is an array. Hashable if the user's statics are.

@@ -21,9 +21,6 @@ from jaxtyping import Bool, PyTree
 from . import _tree
 from ._solution import ConvergenceError, DerivativeError
 
-# How often a program is asked whether it is done before the host goes to sleep.
-_ASK = 400
-
 
 @functools.partial(jax.jit, static_argnums=1)
 def raise_if(
@@ -51,20 +48,6 @@ def raise_if(
     # A loop of one round at most is a conditional that vmap does not turn into a select.
     failed = lax.stop_gradient(failed)
     return lax.while_loop(lambda carry: carry[0], call, (failed, jnp.zeros_like(failed)))[1]
-
-
-def on_host(array: Array) -> np.ndarray:
-    """The numbers of a concrete array, as soon as they are there.
-
-    To sleep until a solve of a few unknowns is done, and to be woken, takes longer than the
-    solve, so a few tens of microseconds are spent asking. `is_ready` is no part of the public
-    class `jax.Array`, only of what programs return.
-    """
-    ready = getattr(array, "is_ready", lambda: True)
-    for _ in range(_ASK):
-        if ready():
-            break
-    return np.asarray(array)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,7 +104,7 @@ def poison(failed: Bool[Array, ""], tree: PyTree) -> PyTree:
 
 @jax.custom_jvp
 def _poison(failed: Bool[Array, ""], x: Array) -> Array:
-    return jnp.where(failed, jnp.full_like(x, jnp.nan), x)
+    return lax.select(failed, jnp.full_like(x, jnp.nan), x)
 
 
 @_poison.defjvp

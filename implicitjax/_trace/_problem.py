@@ -1,12 +1,10 @@
-"""The trace: from the user's map, its guess and its arguments to a clean problem.
-
-Here the untidy world is met, once. Out comes a `Trace`: a jaxpr with all that it reads,
-captured arrays included, among its inputs, and the role of every leaf of the state.
+"""The problem: a jaxpr with all that it reads, captured arrays included, among its inputs, and
+the role of every leaf of the state.
 """
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.extend.core as jec
@@ -16,41 +14,35 @@ from jax.core import eval_jaxpr
 from jax.interpreters import partial_eval
 from jaxtyping import PyTree
 
-from ._call import Call, Held, is_array, Static
-from ._fingerprint import fingerprint
+from ._call import Call, is_array, split_call, Static
+from ._key import fingerprint
 from ._match import match
-from ._structure import assign_roles, dependencies, Roles
+from ._roles import assign_roles, dependencies, Roles
 from ._table import Leaf, Structure
 
 
-class Output(NamedTuple):
-    """What the map returned, apart from its arrays: the structure of `aux`, and of state
-    and `aux` the leaves that are no arrays (`None` where one is).
+class Problem:
+    """A traced map `state, aux = f(state, ...)`. Equal to another if it is the same program, see
+    `_key.py`: what the map returned that is no array belongs to one call, and is no part of that.
+
+    Its jaxpr takes `num_consts` captured arrays, then the arrays of the call, and returns the
+    array leaves of the state, then those of `aux`.
+
+    - `state`: for each array leaf of the state its index among the inputs; `paths`: its path.
+    - `state_tree`, `aux_tree`: the structures of state and `aux`.
+    - `statics`, `aux_statics`: leaf by leaf what is no array, `None` where one is.
     """
 
-    state_statics: tuple[Static | None, ...]
-    aux_tree: Any
-    aux_statics: tuple[Static | None, ...]
-
-
-class Trace:
-    """A traced map. Equal to another if it is the same program; see `_fingerprint.py`.
-
-    Its jaxpr takes `num_consts` captured arrays, then the arrays of the call, and returns
-    the array leaves of the state, then those of `aux`.
-    """
-
-    def __init__(self, closed: jec.ClosedJaxpr, call: Call, inputs: list, output: Output):
+    def __init__(self, closed: jec.ClosedJaxpr, call: Call, inputs: list, seen: dict[str, Any]):
         jaxpr = closed.jaxpr
         self.num_consts = len(jaxpr.constvars)
         self.jaxpr = _open_constants(jaxpr)
-        self.output = output
-        self.state_tree = call.trees[1]
+        self.state_tree, self.statics = call.trees[1], seen["statics"]
+        self.aux_tree, self.aux_statics = seen["aux_tree"], seen["aux_statics"]
         self.dtypes = tuple(v.aval.dtype for v in self.jaxpr.invars)  # pyright: ignore[reportAttributeAccessIssue]
         self.state = tuple(self.num_consts + i for i in call.state_arrays() if i is not None)
         self.paths = _paths(call, inputs)
-        described = (*output, self.state_tree)
-        self._key = (fingerprint(jaxpr), tuple(map(Static, described)), self.state, self.paths)
+        self._key = (fingerprint(jaxpr), self.state, self.paths)
         self._hash = hash(self._key)
         self._parts: dict[tuple[int, ...], Any] = {}
 
@@ -58,24 +50,25 @@ class Trace:
         return self._hash
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Trace) and self._key == other._key
+        return isinstance(other, Problem) and self._key == other._key
 
-    def rebuild(self, state: list, aux: list) -> tuple[PyTree, PyTree, bool]:
-        """State and `aux` as the map returned them, and whether a `Held` is among them."""
-        out = self.output
-        held = any(s is not None for s in (*out.state_statics, *out.aux_statics))
-        value = jax.tree.unflatten(self.state_tree, _fill(out.state_statics, state))
-        return value, jax.tree.unflatten(out.aux_tree, _fill(out.aux_statics, aux)), held
+    def rebuild(self, state: list, aux: list) -> tuple[PyTree, PyTree]:
+        """State and `aux` as the map returned them, from their arrays."""
+        value = jax.tree.unflatten(self.state_tree, _fill(self.statics, state))
+        return value, jax.tree.unflatten(self.aux_tree, _fill(self.aux_statics, aux))
 
-    def history_tree(self, history: list | None) -> PyTree:
+    @property
+    def aux_outputs(self) -> tuple[int, ...]:
+        """Which outputs of the jaxpr are those of `aux`."""
+        return tuple(range(len(self.state), len(self.jaxpr.outvars)))
+
+    def rebuild_history(self, by_leaf: Sequence[Array]) -> PyTree:
         """The residuals of each leaf of the unknown in the structure of the state."""
-        if history is None:
-            return None
         leaves: list[Any] = [None] * len(self.state)
-        for i, leaf in zip(self.roles.feedback, history, strict=True):
+        for i, leaf in zip(self.roles.feedback, by_leaf, strict=True):
             leaves[i] = leaf
         arrays = iter(leaves)
-        full = [None if s is not None else next(arrays) for s in self.output.state_statics]
+        full = [None if s is not None else next(arrays) for s in self.statics]
         return jax.tree.unflatten(self.state_tree, full)
 
     @functools.cached_property
@@ -139,22 +132,23 @@ def _shape(variable: Any) -> tuple[int, ...]:
 
 def _fill(statics: tuple[Static | None, ...], arrays: list) -> list:
     left = iter(arrays)
-    return [next(left) if s is None else Held(s) for s in statics]
+    return [next(left) if s is None else s.value for s in statics]
 
 
-def trace(call: Call, arrays: list) -> tuple[Trace, list, list]:
+def trace(f: Any, x0: Any, args: tuple, has_aux: bool) -> tuple[Problem, list]:
     """Traces the map once more than its guess needs corrections of type.
 
-    Returns the trace, the captured arrays, and the arrays of the call with those of the
-    guess in the dtypes that the map returns: a Python number, or another weakly typed leaf,
-    takes the dtype of the output; a Python integer that the map changes becomes an array.
+    Returns the problem and its inputs: the captured arrays, then those of the call, where a Python
+    number, or another weakly typed leaf of the guess, has the dtype of the output; a Python
+    integer that the map changes is an array.
     """
+    call, arrays = split_call(f, x0, args, has_aux)
     for _ in range(3):
-        closed, output, corrections = _trace_once(call, arrays)
-        if not corrections:
+        closed, seen = _trace_once(call, arrays)
+        if not seen["corrections"]:
             _check_floats(call, arrays)
-            return Trace(closed, call, arrays, output), list(closed.consts), arrays
-        call, arrays = _correct(call, arrays, corrections)
+            return Problem(closed, call, arrays, seen), [*closed.consts, *arrays]
+        call, arrays = _correct(call, arrays, seen["corrections"])
     raise TypeError(
         "The map returns another dtype for each dtype of the guess: pass a guess of a fixed "
         f"dtype, such as jnp.asarray(x0, {jnp.zeros(()).dtype.name})."
@@ -171,7 +165,8 @@ def _check_floats(call: Call, arrays: list) -> None:
         )
 
 
-def _trace_once(call: Call, arrays: list) -> tuple[jec.ClosedJaxpr, Output, dict[int, Any]]:
+def _trace_once(call: Call, arrays: list) -> tuple[jec.ClosedJaxpr, dict[str, Any]]:
+    """The jaxpr, and what the map returned apart from its arrays."""
     seen: dict[str, Any] = {}
 
     def flat(arrays: list) -> list:  # made anew each time: JAX caches traces by function
@@ -185,14 +180,12 @@ def _trace_once(call: Call, arrays: list) -> tuple[jec.ClosedJaxpr, Output, dict
                     f"{type(value).__name__}."
                 )
             value, aux = value
-        state, state_statics, seen["corrections"] = match(call, arrays, x0, value)
-        aux_leaves, aux_tree = jax.tree.flatten(aux)
-        aux_statics = tuple(None if is_array(a) else Static(a) for a in aux_leaves)
-        seen["output"] = Output(state_statics, aux_tree, aux_statics)
+        state, seen["statics"], seen["corrections"] = match(call, arrays, x0, value)
+        aux_leaves, seen["aux_tree"] = jax.tree.flatten(aux)
+        seen["aux_statics"] = tuple(None if is_array(a) else Static(a) for a in aux_leaves)
         return state + [a for a in aux_leaves if is_array(a)]
 
-    closed = jax.make_jaxpr(flat)(arrays)
-    return closed, seen["output"], seen["corrections"]
+    return jax.make_jaxpr(flat)(arrays), seen
 
 
 def _correct(call: Call, arrays: list, corrections: dict[int, Any]) -> tuple[Call, list]:

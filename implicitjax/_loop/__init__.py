@@ -1,0 +1,15 @@
+"""The loop: iterate, judge, decide; see README.md in this folder."""
+
+from ._iterate import iterate, Settings
+from ._outcome import CONVERGED, nothing_to_solve, Outcome, RESULT_NAMES
+from ._units import Tolerances
+
+__all__ = [
+    "CONVERGED",
+    "RESULT_NAMES",
+    "Outcome",
+    "Settings",
+    "Tolerances",
+    "iterate",
+    "nothing_to_solve",
+]

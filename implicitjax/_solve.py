@@ -1,0 +1,126 @@
+"""The compiled part of a solve: iterate, differentiate, rebuild, inside one `jit`.
+
+Static are the problem and the configuration; every array is an input. JAX's own cache of compiled
+programs thus serves eager calls too.
+"""
+
+import functools
+from collections.abc import Callable
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import PyTree
+
+from . import _tree
+from ._adjoint import ImplicitAdjoint, UnrolledAdjoint
+from ._configuration import Configuration
+from ._failures import mark_failed, poison
+from ._implicit import by_jvp, by_vjp
+from ._loop import CONVERGED, iterate, nothing_to_solve, Outcome, Tolerances
+from ._packing import packing
+from ._trace import Problem
+from .linear._transposable import transposable_solve
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def solve(
+    problem: Problem, configuration: Configuration, inputs: list, methods: list, tolerances: list
+) -> tuple[list, list, Outcome]:
+    """The arrays of state and `aux` at the solution, and how the loop ended.
+
+    - `inputs`: those of the problem.
+    - `methods`: the arrays of solver and adjoint.
+    - `tolerances`: `rtol` and `atol`, `None` for the defaults.
+    """
+    roles, state = problem.roles, problem.state
+    inputs = [jnp.asarray(a, d) for a, d in zip(inputs, problem.dtypes, strict=True)]
+    evaluate_levels(problem, roles.sources, inputs)
+
+    unknown = [state[i] for i in roles.feedback]
+    if unknown:
+        x, outcome = _fixed_point(problem, configuration, inputs, methods, tolerances)
+        for i, value in zip(unknown, x, strict=True):
+            inputs[i] = value
+    else:
+        empty = jnp.zeros((configuration.settings.max_steps + 1, 0))
+        outcome = nothing_to_solve(empty if configuration.settings.history else None)
+
+    evaluate_levels(problem, roles.outputs, inputs)
+    aux = problem.program(problem.aux_outputs)(inputs)
+    out = [inputs[i] for i in state]
+    if configuration.on_failure == "nan":
+        out, aux = poison(outcome.code != CONVERGED, (out, aux))
+    return out, aux, outcome
+
+
+def evaluate_levels(problem: Problem, levels: tuple[tuple[int, ...], ...], inputs: list) -> None:
+    """Puts leaves that follow from others into `inputs`, level by level."""
+    for level in levels:
+        for i, value in zip(level, problem.program(level)(inputs), strict=True):
+            inputs[problem.state[i]] = value
+
+
+def _fixed_point(
+    problem: Problem, configuration: Configuration, inputs: list, methods: list, tolerances: list
+) -> tuple[list, Outcome]:
+    """The leaves that feed back, `x = F(theta, x)`, with the derivative that the adjoint has."""
+    roles, settings = problem.roles, configuration.settings
+    unknown = [problem.state[i] for i in roles.feedback]
+    parameters = [i for i in range(len(inputs)) if i not in set(unknown)]
+    program = problem.program(roles.feedback)
+    theta, leaves = [inputs[i] for i in parameters], [inputs[i] for i in unknown]
+    packed = packing(leaves)
+
+    def F(theta: list, x: list) -> list:
+        full = dict(zip((*parameters, *unknown), (*theta, *packed.unpack(x)), strict=True))
+        return packed.pack(program([full[i] for i in range(len(full))]))
+
+    position = {leaf: k for k, leaf in enumerate(roles.feedback)}
+    coarsest = tuple(_tree.epsilon([leaves[position[i]] for i in r]) for r in roles.reads)
+    solver, adjoint = configuration.rebuild(methods)
+    solver = solver.arrange(packed)
+
+    def find(theta: list, fixed: PyTree) -> tuple[list, Outcome]:
+        x0, solver, (rtol, atol) = eqx.combine(fixed, static)
+        scale = Tolerances(rtol, atol, coarsest, packed)
+        x, outcome = iterate(lambda x: F(theta, x), x0, solver, scale, settings)
+        if configuration.on_failure == "nan":
+            # A point at which derivatives can be taken, though nothing is made of them.
+            x = _tree.where(outcome.code != CONVERGED, x0, x)
+        return x, outcome
+
+    fixed, static = eqx.partition((packed.pack(leaves), solver, tolerances), eqx.is_array)
+    fixed = _tree.stop_gradient(fixed)
+    if isinstance(adjoint, UnrolledAdjoint):
+        x, outcome = find(theta, fixed)
+        outcome = _tree.stop_gradient(outcome)
+    else:
+        assert isinstance(adjoint, ImplicitAdjoint)
+        x_star = _differentiable(F, find, adjoint, configuration, problem.pullback_only)
+        x, outcome = x_star(theta, fixed)
+    return packed.unpack(x), outcome
+
+
+def _differentiable(
+    F: Callable,
+    find: Callable,
+    adjoint: ImplicitAdjoint,
+    configuration: Configuration,
+    pullback_only: bool,
+) -> Callable:
+    """`find` with the rule of the theorem."""
+    on_failure = configuration.on_failure
+
+    def linear_solve(A: Callable, b: list, outcome: Outcome) -> list:
+        failed = outcome.code != CONVERGED
+        return transposable_solve(A, b, adjoint.linear_solver, on_failure, failed)
+
+    def mark(tangent: list, outcome: Outcome) -> list:
+        if on_failure != "nan":
+            return tangent
+        return mark_failed(tangent, outcome.code != CONVERGED)
+
+    if pullback_only or adjoint.rule == "vjp":
+        return by_vjp(F, find, linear_solve)
+    return by_jvp(F, find, linear_solve, mark)
