@@ -123,12 +123,12 @@ def _stats(problem: Problem, outcome: Outcome) -> Stats:
     if history is not None:
         history = problem.rebuild_history([history[..., i] for i in range(history.shape[-1])])
     return Stats(
-        num_steps=outcome.num_steps,
-        num_evaluations=outcome.num_evaluations,
-        residual_norm=outcome.residual_norm,
-        error_estimate=outcome.error_estimate,
-        contraction_rate=outcome.contraction_rate,
-        tolerance_clamped=outcome.tolerance_clamped,
+        num_steps=outcome.counts[..., 1],
+        num_evaluations=outcome.counts[..., 2],
+        residual_norm=outcome.numbers[..., 0],
+        error_estimate=outcome.numbers[..., 1],
+        contraction_rate=outcome.numbers[..., 3],
+        tolerance_clamped=outcome.clamped,
         residual_history=history,
     )
 
@@ -137,12 +137,15 @@ def _raise_if_failed(
     problem: Problem, outcome: Outcome, state: list, aux: list
 ) -> tuple[list, list]:
     """Raises on the host, or where only a running program can know, from within it."""
-    concrete = not isinstance(outcome.code, Tracer)
-    if concrete and int(outcome.code) == CONVERGED:
+    concrete = not isinstance(outcome.counts, Tracer)
+    if concrete and int(np.asarray(outcome.counts)[0]) == CONVERGED:
         return state, aux
     failure = ConvergenceFailure(tuple(problem.paths[i] for i in problem.roles.feedback))
-    names = ("code", "ratio", "worst", "num_steps", "residual_norm", "contraction_rate")
-    numbers = {name: jax.lax.stop_gradient(getattr(outcome, name)) for name in names}
+    numbers = {
+        "numbers": jax.lax.stop_gradient(outcome.numbers),
+        "counts": outcome.counts,
+        "worst": outcome.worst,
+    }
     if concrete:
         failure(True, numbers)
     failed = raise_if(outcome.code != CONVERGED, failure, numbers)
@@ -160,6 +163,14 @@ class ConvergenceFailure:
 
     def __call__(self, failed: Any, operands: dict[str, Any]) -> None:
         """Called on the host with concrete numbers."""
-        numbers, lane = first_failure(np.asarray(failed), operands)
-        info = {**numbers, "leaf": self.paths[int(numbers["worst"])]}
-        raise ConvergenceError(convergence_message(RESULT_NAMES[int(numbers["code"])], info, lane))
+        found, lane = first_failure(np.asarray(failed), operands)
+        residual_norm, _, ratio, rate = (float(n) for n in found["numbers"])
+        code, steps, _ = (int(n) for n in found["counts"])
+        info = {
+            "num_steps": steps,
+            "residual_norm": residual_norm,
+            "ratio": ratio,
+            "contraction_rate": rate,
+            "leaf": self.paths[int(found["worst"])],
+        }
+        raise ConvergenceError(convergence_message(RESULT_NAMES[code], info, lane))

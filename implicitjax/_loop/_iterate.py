@@ -16,10 +16,20 @@ from .. import _tree
 from ..solvers import AbstractSolver
 from . import _number, _watch
 from ._finish import finish
-from ._number import Seen
-from ._outcome import choose, CONVERGED, NONFINITE, Outcome, ROUNDOFF, RUNNING
+from ._number import Measured, Seen
+from ._outcome import (
+    ACCEPTED,
+    choose,
+    CONVERGED,
+    DIVERGED,
+    NONFINITE,
+    Outcome,
+    PROBING,
+    RUNNING,
+    STAGNATED,
+)
+from ._probe import is_quiet, settle, turn_aside
 from ._units import normalise, Tolerances
-from ._watch import Watch
 
 
 class Settings(NamedTuple):
@@ -53,8 +63,8 @@ class State(NamedTuple):
     - `step`: the steps that led to `x`, -1 before the first evaluation.
     - `look_at`: the step at which the iterate is judged next.
     - `code`: `RUNNING`, or why the loop ends.
-    - `error`: the estimated error in units of the tolerance.
-    - `seen`, `watch`: what the residuals have shown, and what else is compared over many steps.
+    - `seen`: what the residuals have shown, the numbers of a `Seen`.
+    - `reference`: of a steady method the iterate at the last power of two steps, or `None`.
     - `best`: the iterate with the least residual, its value and that, or `None`.
     - `history`: the residuals of every leaf by step, or `None`.
     """
@@ -66,11 +76,15 @@ class State(NamedTuple):
     step: Int[Array, ""]
     look_at: Int[Array, ""]
     code: Int[Array, ""]
-    error: Float[Array, ""]
-    seen: Seen
-    watch: Watch
+    seen: Float[Array, " numbers"]
+    reference: list | None
     best: tuple | None
     history: Array | None
+
+    @property
+    def value(self) -> list:
+        """`f(x)`, before anything is turned aside."""
+        return self.ahead if self.fx is None else self.fx
 
 
 def iterate(
@@ -95,39 +109,39 @@ def iterate(
         ahead, memory = solver.step(f, s.x, s.fx, s.memory)
         return s._replace(ahead=ahead, memory=memory, fx=None if solver.steps_to_value else s.fx)
 
+    def body(s: State) -> State:
+        if rarely:  # the rate tells how many steps there are to go before it is worth a look
+            due = lambda t: (t.step < s.look_at) & unfinished(t)
+            new = judge(lax.while_loop(due, lambda t: move(evaluate(t)), s), s)
+        elif solver.uses_map:  # its step is not worth a last time for nothing
+            new = judge(evaluate(s), s)
+            new = lax.cond(new.code == RUNNING, move, lambda t: t._replace(ahead=t.x), new)
+        else:
+            new = judge(move(evaluate(s)), s)
+        return new._replace(ahead=turn_aside(new, tolerances))
+
     def judge(new: State, old: State) -> State:
         return _judge(new, old, solver, tolerances, settings)
 
-    def body(s: State) -> State:
-        if rarely:  # the rate tells how many steps there are to go before it is worth a look
-            due = lambda t: (t.step < s.look_at) & (t.step < settings.max_steps)
-            return judge(lax.while_loop(due, lambda t: move(evaluate(t)), s), s)
-        judged = judge(evaluate(s), s)
-        if solver.uses_map:
-            still = lambda j: j._replace(fx=None if solver.steps_to_value else j.fx)
-            return lax.cond(judged.code == RUNNING, move, still, judged)
-        return move(judged)
+    def unfinished(s: State) -> Bool[Array, ""]:
+        return s.step < settings.max_steps - s.code  # a probe is no step of the solver
 
     def running(s: State) -> Bool[Array, ""]:
-        return (s.code == RUNNING) & (s.step < settings.max_steps)
+        return (s.code <= RUNNING) & unfinished(s)
 
     state = _start(x0, solver, tolerances, settings)
     if settings.early_stop:
         state = lax.while_loop(running, body, state)
     else:
         once = lambda s, _: (lax.cond(running(s), body, lambda s: s, s), None)
-        state, _ = lax.scan(once, state, length=settings.max_steps + 1)
-    fx = state.ahead if solver.steps_to_value else state.fx
-    assert fx is not None
-    return finish(
-        f, state.x, fx, state, not solver.steady, tolerances, settings.norm, settings.stop
-    )
+        state, _ = lax.scan(once, state, length=settings.max_steps + 2)
+    return finish(state, tolerances, settings)
 
 
 def _start(x0: list, solver: AbstractSolver, tolerances: Tolerances, settings: Settings) -> State:
     """The state before the first evaluation."""
     dtype, step = _tree.accumulation_dtype(x0), jnp.full((), -1, jnp.int32)
-    infinite, history = jnp.full((), jnp.inf, dtype), None
+    history = None
     if settings.history:
         history = jnp.zeros((settings.max_steps + 1, len(tolerances.epsilons)), dtype)
     return State(
@@ -136,12 +150,11 @@ def _start(x0: list, solver: AbstractSolver, tolerances: Tolerances, settings: S
         ahead=x0,
         memory=solver.init(x0),
         step=step,
-        look_at=step + 1,
+        look_at=jnp.zeros((), jnp.int32),
         code=jnp.full((), RUNNING, jnp.int32),
-        error=infinite,
         seen=_number.nothing_seen(dtype),
-        watch=_watch.nothing_watched(x0, solver.steady, dtype),
-        best=(x0, x0, infinite) if settings.keep_best else None,
+        reference=x0 if solver.steady else None,
+        best=(x0, x0, jnp.full((1,), jnp.inf, dtype)) if settings.keep_best else None,
         history=history,
     )
 
@@ -150,41 +163,58 @@ def _judge(
     new: State, old: State, solver: AbstractSolver, tolerances: Tolerances, settings: Settings
 ) -> State:
     """The new state with what its residual shows, and the code."""
-    value = new.ahead if new.fx is None else new.fx
+    value = new.value
     x, fx = settings.stop((new.x, value))
-    units, norm, step, r = tolerances.at(x, fx), settings.norm, new.step, _tree.sub(fx, x)
+    units, r = tolerances.at(x, fx), _tree.sub(fx, x)
     unit = units.tolerance()
-    residual, roundoff = (norm(normalise(v, unit)) for v in (r, units.roundoff))
-    sample = jnp.zeros_like(residual)
-    if not solver.steady:
+    vectors = [normalise(v, unit) for v in (r, units.roundoff)] + [_wide(r, unit)]
+    if new.reference is not None:
+        vectors += [normalise(_tree.sub(x, settings.stop(new.reference)), unit)]
+    else:
         x_old, fx_old = settings.stop((old.x, old.fx))
         dx, dr = _tree.sub(x, x_old), _tree.sub(r, _tree.sub(fx_old, x_old))
-        dx, dr = (norm(normalise(v, unit)) for v in (dx, dr))
-        sample = _number.take_sample(dx, dr, roundoff)
-    seen = _number.see(old.seen, step, residual, roundoff, sample)
-    amplification = _number.amplification(seen, not solver.steady)
-    error = amplification * jnp.maximum(residual, roundoff)
-    raw = norm(r) if solver.steady or settings.keep_best else None
-    watch, code = _watch.look_back(old.watch, x, raw, seen, unit, roundoff, norm)
-    lost = (residual <= _number.LOST * roundoff) & ~(amplification < jnp.inf)
-    code = choose(lost, ROUNDOFF, code)
-    code = choose(_number.within(error, residual, roundoff), CONVERGED, code)
-    # Infinite units of the tolerance are no failure: at zero the tolerance may be zero.
-    code = choose(jnp.isnan(residual), NONFINITE, code)
-    best, history = old.best, new.history
-    if best is not None and raw is not None:
-        best = _tree.where(raw < best[-1], (new.x, value, raw), best)
+        vectors += [normalise(v, unit) for v in (dx, dr)]
+    norms = _number.measure(settings.norm, vectors)
+    now, sampled = Measured(*norms, *norms[3:][: 5 - len(norms)]), not solver.steady
+    quiet = is_quiet(now, *vectors[:2], tolerances.packing)
+    before = Seen(*_number.cut(old.seen))
+    seen = _number.see(before, new.step, now, sampled)
+    code = _decide(seen, now, sampled)
+    code, seen = settle(old.code == PROBING, code, quiet, before, seen, now, sampled)
+    reference, best, history = new.reference, old.best, new.history
+    if reference is not None:
+        turn = lax.squeeze(seen.mark_at == seen.at, (0,)) | (code == PROBING)
+        reference = _tree.where(turn, x, reference)
+    if best is not None:
+        better = lax.squeeze(now.raw < best[-1], (0,))
+        best = _tree.where(better, (new.x, value, now.raw), best)
     if history is not None:
         squares = tolerances.packing.leaf_means([_tree.squares(ri) for ri in r])
-        history = history.at[step].set(jnp.sqrt(jnp.concatenate(squares)).astype(history.dtype))
+        row = jnp.sqrt(jnp.concatenate(squares)).astype(history.dtype)
+        history = history.at[new.step].set(row)
     if settings.progress is not None:
-        jax.debug.callback(settings.progress, step, error)
+        jax.debug.callback(settings.progress, new.step, seen.error[0])
     return new._replace(
+        x=_tree.where(code == ACCEPTED, old.x, new.x),
         code=code,
-        error=error,
-        look_at=step + _number.steps_to_go(seen, error),
-        seen=seen,
-        watch=watch,
+        look_at=new.step + _number.steps_to_go(seen) if solver.steady else new.look_at,
+        seen=lax.concatenate(seen, 0),
+        reference=reference,
         best=best,
         history=history,
     )
+
+
+def _decide(seen: Seen, now: Measured, sampled: bool) -> Int[Array, " 1"]:
+    """The code after a step."""
+    code = choose(_watch.is_noise(seen, now), STAGNATED, RUNNING)
+    if not sampled:
+        code = choose(_watch.is_cycle(now, seen), STAGNATED, code)
+        code = choose(_watch.has_diverged(seen), DIVERGED, code)
+    code = choose(_number.within(seen.error, now.residual, now.roundoff), CONVERGED, code)
+    # Infinite units of the tolerance are no failure: at zero the tolerance may be zero.
+    return choose(jnp.isnan(now.residual), NONFINITE, code)
+
+
+def _wide(v: list, unit: list) -> list:
+    return [_tree.widen(vi, ui.dtype) for vi, ui in zip(v, unit, strict=True)]

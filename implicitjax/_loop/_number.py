@@ -5,19 +5,21 @@ order, and two iterates of whatever method sample that inverse for nothing: thei
 `dx = -(I - J)^-1 dr`. A residual that falls by the factor `q` a step leaves `1 / (1 - q)` times
 itself to go (Banach, *Fundamenta Mathematicae* 3, 1922). Hence
 
-    |x* - x|  <~  a |r|,        a = max( |dx| / |dr|,  1 / (1 - q),  10 ),
+    |x* - x|  <~  a |r|,        a = max( |dx| / |dr|,  1 / (1 - q) ),
 
 in units of the tolerance: the largest sample, and the larger of the last factor and the mean one,
 since the last power of two steps but one. That window forgets what a far guess has shown, and
-its length grows with the slowness of the solve. Below 10 no number is believed: a residual within
-the tolerance may hide a tenth of it in a slow mode.
+its length grows with the slowness of the solve. The residual itself must be within a tenth of the
+tolerance, since it may hide a tenth of itself in a slow mode.
 """
 
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 # The residual must be a tenth of the tolerance, or round-off.
 TENTH = 0.1
@@ -26,12 +28,28 @@ ABOVE = 4.0
 # A residual below so many times the round-off is as small as it gets.
 LOST = 4.0
 
-Real = Float[Array, ""]
-Count = Int[Array, ""]
+# A number, as an array of one entry: so they are cut from a vector, and put back, at once.
+Number = Float[Array, " 1"]
+
+
+class Measured(NamedTuple):
+    """The norms at one iterate, in units of the tolerance.
+
+    - `residual`, `roundoff`: of `f(x) - x`, and of what round-off may leave of it.
+    - `raw`: of `f(x) - x` in the units of the unknown.
+    - `dx`, `dr`: of the differences to the iterate before and to its residual; of a steady method
+      `dx` is the difference to the reference of the watch, and `dr` is not used.
+    """
+
+    residual: Number
+    roundoff: Number
+    raw: Number
+    dx: Number
+    dr: Number
 
 
 class Seen(NamedTuple):
-    """What the residuals of a solve have shown, in units of the tolerance.
+    """What the residuals of a solve have shown, in units of the tolerance where not said otherwise.
 
     - `residual`, `at`: the last residual, and its step.
     - `mark`, `mark_at`: those at the last power of two steps; `earlier`, `earlier_at`: at the one
@@ -39,88 +57,131 @@ class Seen(NamedTuple):
     - `sample`: the largest sample since `mark_at`; `before`: the largest from `earlier_at` until
       then. 0 where there was none.
     - `last`, `mean`: the factor of the last step, and the mean one since `earlier_at`.
+    - `error`: the estimated error; NaN or infinite where nothing is known of it.
+    - `best`, `best_at`: the least residual, and its step.
+    - `raw`, `first`: the last and the first residual in the units of the unknown.
     """
 
-    residual: Real
-    at: Count
-    mark: Real
-    mark_at: Count
-    earlier: Real
-    earlier_at: Count
-    sample: Real
-    before: Real
-    last: Real
-    mean: Real
+    residual: Number
+    at: Number
+    mark: Number
+    mark_at: Number
+    earlier: Number
+    earlier_at: Number
+    sample: Number
+    before: Number
+    last: Number
+    mean: Number
+    error: Number
+    best: Number
+    best_at: Number
+    raw: Number
+    first: Number
 
-    def rate(self) -> Real:
-        """The larger of the last and the mean factor."""
-        return jnp.maximum(self.last, self.mean)
 
-
-def nothing_seen(dtype: jnp.dtype) -> Seen:
+def nothing_seen(dtype: jnp.dtype) -> Float[Array, " numbers"]:
     """Before the first evaluation, which is step 0."""
-    zero, step = jnp.zeros((), dtype), jnp.zeros((), jnp.int32)
-    infinite = jnp.full((), jnp.inf, dtype)
-    return Seen(infinite, step, infinite, step, infinite, step, zero, zero, infinite, infinite)
+    zero = ("at", "mark_at", "earlier_at", "sample", "before", "best_at")
+    start = [0.0 if name in zero else float("inf") for name in Seen._fields]
+    return jnp.asarray(start, dtype)
 
 
-def see(seen: Seen, step: Count, residual: Real, roundoff: Real, sample: Real) -> Seen:
-    """Takes note of the residual after `step` steps, and of a sample."""
-    turn = step >= 2 * seen.mark_at
+def cut(numbers: Float[Array, " numbers"]) -> list[Number]:
+    """The numbers one by one."""
+    return list(lax.split(numbers, [1] * numbers.size))
+
+
+def see(seen: Seen, step: Int[Array, ""], now: Measured, sampled: bool) -> Seen:
+    """Takes note of the norms after `step` steps."""
+    at = step.astype(now.residual.dtype)[None]
+    turn = at >= 2 * seen.mark_at
     earlier = lax.select(turn, seen.mark, seen.earlier)
     earlier_at = lax.select(turn, seen.mark_at, seen.earlier_at)
-    last = _factor(residual, seen.residual, step - seen.at)
+    last = _factor(now.residual, seen.residual, at - seen.at)
     # The round-off of the residual counts against it: a rate that it blurs is no proof.
-    mean = _factor(residual + roundoff, earlier, step - earlier_at)
-    return Seen(
-        residual=residual,
-        at=step,
-        mark=lax.select(turn, residual, seen.mark),
-        mark_at=lax.select(turn, step, seen.mark_at),
+    mean = _factor(now.residual + now.roundoff, earlier, at - earlier_at)
+    sample, before = seen.sample, seen.before
+    if sampled:
+        new = take_sample(now.dx, now.dr, now.roundoff)
+        before = lax.select(turn, sample, before)
+        sample = lax.select(turn, new, jnp.maximum(sample, new))
+    better = now.residual < seen.best
+    new = Seen(
+        residual=now.residual,
+        at=at,
+        mark=lax.select(turn, now.residual, seen.mark),
+        mark_at=lax.select(turn, at, seen.mark_at),
         earlier=earlier,
         earlier_at=earlier_at,
-        sample=lax.select(turn, sample, jnp.maximum(seen.sample, sample)),
-        before=lax.select(turn, seen.sample, seen.before),
+        sample=sample,
+        before=before,
         last=last,
         mean=mean,
+        error=seen.error,
+        best=lax.select(better, now.residual, seen.best),
+        best_at=lax.select(better, at, seen.best_at),
+        raw=now.raw,
+        first=lax.select(seen.first < jnp.inf, seen.first, now.raw),
     )
+    error = amplification(new, sampled) * jnp.maximum(now.residual, now.roundoff)
+    return new._replace(error=error)
 
 
-def _factor(residual: Real, before: Real, steps: Count) -> Real:
+def _factor(residual: Number, before: Number, steps: Number) -> Number:
     """The mean factor of so many steps; infinite where nothing was before."""
     factor = lax.select(before < jnp.inf, residual / before, before)
-    return factor ** (1 / jnp.maximum(steps, 1).astype(factor.dtype))
+    return factor ** (1 / jnp.maximum(steps, 1))
 
 
-def take_sample(dx: Real, dr: Real, roundoff: Real) -> Real:
+def take_sample(dx: Number, dr: Number, roundoff: Number) -> Number:
     """`|dx| / |dr|` where the difference of the residuals stands above round-off, else 0."""
     return lax.select(dr > ABOVE * roundoff, dx / dr, jnp.zeros_like(dr))
 
 
-def amplification(seen: Seen, sampled: bool) -> Real:
+def amplification(seen: Seen, sampled: bool) -> Number:
     """`a`; infinite where the rate is none of convergence, or where no sample was taken yet."""
-    bound = still_to_go(seen.rate())
+    bound = still_to_go(jnp.maximum(seen.last, seen.mean))
     if not sampled:
         return bound
     sample = jnp.maximum(seen.sample, seen.before)
     return lax.select(sample > 0, jnp.maximum(sample, bound), jnp.full_like(bound, jnp.inf))
 
 
-def still_to_go(rate: Real) -> Real:
+def still_to_go(rate: Number) -> Number:
     """Banach's `1 / (1 - q)`, infinite from 1 on."""
     return 1 / jnp.maximum(1 - rate, 0)
 
 
-def within(error: Real, residual: Real, roundoff: Real) -> Array:
+def within(error: Number, residual: Number, roundoff: Number) -> Bool[Array, " 1"]:
     """Whether error and residual are within the tolerance: the solve has converged."""
-    return (error <= 1) & (residual <= jnp.maximum(TENTH, LOST * roundoff))
+    return (error <= 1) & small(residual, roundoff)
 
 
-def steps_to_go(seen: Seen, error: Real) -> Count:
+def small(residual: Number, roundoff: Number) -> Bool[Array, " 1"]:
+    """Whether the residual is within a tenth of the tolerance, or round-off."""
+    return residual <= jnp.maximum(TENTH, LOST * roundoff)
+
+
+def steps_to_go(seen: Seen) -> Int[Array, ""]:
     """How many steps may pass before the next look: half of those that the rate foretells, at
     most a quarter of those taken, and 8.
     """
-    left = jnp.log(jnp.maximum(error, seen.residual / TENTH))
-    falls = jnp.maximum(-2 * jnp.log(seen.rate()), float(jnp.finfo(left.dtype).tiny))
-    most = jnp.minimum((seen.at >> 2), 8).astype(left.dtype)
-    return jnp.maximum(jnp.minimum(left / falls, most), 1).astype(jnp.int32)
+    left = jnp.log(jnp.maximum(seen.error, seen.residual / TENTH))
+    falls = -2 * jnp.log(jnp.maximum(seen.last, seen.mean))
+    falls = jnp.maximum(falls, float(jnp.finfo(left.dtype).tiny))
+    most = jnp.minimum(0.25 * seen.at, 8)
+    steps = jnp.minimum(left / falls, most).astype(jnp.int32)
+    return lax.squeeze(jnp.maximum(steps, 1), (0,))  # after the conversion, since NaN is no step
+
+
+def measure(norm: Callable[[list], Array], vectors: Sequence[list]) -> list[Number]:
+    """The norms of several vectors, by one reduction."""
+    rows = [jnp.stack(_alike(leaves)) for leaves in zip(*vectors, strict=True)]
+    norms = jax.vmap(norm)(rows)
+    return cut(jnp.minimum(norms, float(jnp.finfo(norms.dtype).max)))
+
+
+def _alike(leaves: Sequence[Array]) -> list[Array]:
+    """In one dtype: a vector of sizes is real also where the unknown is complex."""
+    dtype = next((leaf.dtype for leaf in leaves if jnp.iscomplexobj(leaf)), leaves[0].dtype)
+    return [leaf.astype(dtype) for leaf in leaves]

@@ -5,12 +5,12 @@ from typing import Any
 import equinox as eqx
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.core import Tracer
 from jaxtyping import Bool, Float, Int
 
 from .._solution import Result
 
-RUNNING, CONVERGED, MAX_STEPS, STAGNATED, DIVERGED, NONFINITE, ROUNDOFF = range(7)
+# Up to RUNNING the loop goes on; ACCEPTED is a convergence at the iterate before.
+PROBING, RUNNING, CONVERGED, MAX_STEPS, STAGNATED, DIVERGED, NONFINITE, ACCEPTED = range(-1, 7)
 _RESULTS = {
     MAX_STEPS: Result.max_steps_reached,
     STAGNATED: Result.stagnated,
@@ -21,31 +21,30 @@ RESULT_NAMES = ("running", "converged", "max_steps_reached", "stagnated", "diver
 
 
 class Outcome(eqx.Module):
-    """How the loop ended.
+    """How the loop ended: a few numbers, in as few arrays as that takes.
 
-    - `code`: one of the constants above, but neither `RUNNING` nor `ROUNDOFF`.
-    - `ratio`: the estimated error in units of the tolerance; converged means at most 1.
-    - `worst`: the index of the leaf with the largest residual in units of the tolerance.
-    - `history`: the residuals of every leaf, a column each in the order of the packing, or `None`.
-
-    The other fields are those of `Stats`.
+    - `numbers`: the residual norm and the estimated error in the units of the unknown, that error
+      in units of the tolerance, the factor of the last step.
+    - `counts`: the code, one of the constants above but none of `PROBING`, `RUNNING`, `ACCEPTED`; the steps
+      and the evaluations.
+    - `clamped`: whether a tolerance lay below what the dtype can reach.
+    - `worst`: the index of the leaf whose residual is the largest beside its size.
+    - `history`: the residuals of every leaf, a column each, or `None`.
     """
 
-    code: Int[Array, ""]
-    num_steps: Int[Array, ""]
-    num_evaluations: Int[Array, ""]
-    residual_norm: Float[Array, ""]
-    error_estimate: Float[Array, ""]
-    ratio: Float[Array, ""]
-    contraction_rate: Float[Array, ""]
-    tolerance_clamped: Bool[Array, ""]
-    worst: Int[Array, ""]
+    numbers: Float[Array, "... 4"]
+    counts: Int[Array, "... 3"]
+    clamped: Bool[Array, "..."]
+    worst: Int[Array, "..."]
     history: Array | None
 
+    @property
+    def code(self) -> Int[Array, "..."]:
+        """Why the loop ended."""
+        return self.counts[..., 0]
+
     def result(self) -> Result:
-        """The public name of the code; outside of a trace it is looked up on the host."""
-        if not isinstance(self.code, Tracer):
-            return _RESULTS.get(int(self.code), Result.converged)
+        """The public name of the code."""
         result = Result.converged
         for code, member in _RESULTS.items():
             result = Result.where(self.code == code, member, result)
@@ -54,21 +53,18 @@ class Outcome(eqx.Module):
 
 def choose(condition: Array, code: Any, otherwise: Any) -> Array:
     """One of two codes."""
-    return lax.select(condition, *(jnp.asarray(c, jnp.int32) for c in (code, otherwise)))
+    shape = condition.shape
+    return lax.select(
+        condition, *(jnp.broadcast_to(jnp.asarray(c, jnp.int32), shape) for c in (code, otherwise))
+    )
 
 
 def nothing_to_solve(history: Array | None) -> Outcome:
     """No leaf feeds back: the solution is what the map returns."""
-    zero, count = jnp.zeros(()), jnp.zeros((), jnp.int32)
     return Outcome(
-        code=jnp.full((), CONVERGED, jnp.int32),
-        num_steps=count,
-        num_evaluations=count,
-        residual_norm=zero,
-        error_estimate=zero,
-        ratio=zero,
-        contraction_rate=zero,
-        tolerance_clamped=jnp.zeros((), bool),
-        worst=count,
+        numbers=jnp.zeros((4,)),
+        counts=jnp.asarray([CONVERGED, 0, 0], jnp.int32),
+        clamped=jnp.zeros((), bool),
+        worst=jnp.zeros((), jnp.int32),
         history=history,
     )

@@ -55,6 +55,14 @@ class Tolerances(NamedTuple):
         ]
         return Units(asked, roundoff)
 
+    def clamped(self, x: Sequence[Array], fx: Sequence[Array]) -> Bool[Array, ""]:
+        """Whether some tolerance lies below what the dtype can reach. The default ones never do."""
+        if self.rtol is None and self.atol is None:
+            return jnp.zeros((), bool)
+        units = self.at(x, fx)
+        pairs = zip(units.asked, units.roundoff, strict=True)
+        return _tree.any_of([a < CLAMP * r for a, r in pairs])
+
     def _rtol(self, epsilon: Any, dtype: Any) -> Array:
         if self.rtol is None:
             return _constant(epsilon ** (2 / 3), dtype)
@@ -73,11 +81,6 @@ class Units(NamedTuple):
         return [
             jnp.maximum(jnp.maximum(a, CLAMP * r), float(jnp.finfo(a.dtype).tiny)) for a, r in pairs
         ]
-
-    def clamped(self) -> Bool[Array, ""]:
-        """Whether some tolerance lies below what the dtype can reach."""
-        pairs = zip(self.asked, self.roundoff, strict=True)
-        return _tree.any_of([a < CLAMP * r for a, r in pairs])
 
 
 def normalise(vector: Sequence[Array], unit: Sequence[Array]) -> list[Array]:

@@ -25,8 +25,8 @@ class AndersonState(eqx.Module):
 
     - `count`: steps taken so far.
     - `unit`: for each leaf the scale in which it is measured.
-    - `x`, `r`: the last iterate and its residual `f(x) - x`, in those units.
-    - `residual`: the norm of `r`.
+    - `x`, `r`: the last iterate and its residual `f(x) - x`.
+    - `residual`: the norm of `r` in those units.
     - `V`: orthonormal combinations of the last differences of residuals, stacked along the
       first axis of each leaf.
     - `P`: the same combinations of the differences of iterates.
@@ -104,7 +104,7 @@ class Anderson(AbstractSolver):
         none, nothing = jnp.zeros((), jnp.int32), jnp.zeros((), _tree.accumulation_dtype(x))
         return AndersonState(
             count=none,
-            unit=self._sizes(x, x),
+            unit=self._sizes(x),
             x=zeros,
             r=zeros,
             residual=nothing,
@@ -120,31 +120,34 @@ class Anderson(AbstractSolver):
         self, f: Map, x: Iterate, fx: Iterate, state: AndersonState
     ) -> tuple[Iterate, AndersonState]:
         """`x + d (r - V g) - P g` with `g = V^T r`."""
-        started, r = state.count > 0, _tree.sub(fx, x)
-        unit = _tree.where(started, state.unit, self._sizes(*_tree.stop_gradient((x, r))))
+        unit = _tree.where(state.count > 1, state.unit, self._sizes(_tree.stop_gradient(x)))
         scale = [ui.astype(xi.dtype) for xi, ui in zip(x, unit, strict=True)]
-        x_hat, r = _divide(x, scale), _divide(r, scale)
-        residual = _norm(r)
+        raw, started = _tree.sub(fx, x), state.count > 0
+        r, dr, dx = (
+            [vi / si for vi, si in zip(v, scale, strict=True)]
+            for v in (raw, _tree.sub(raw, state.r), _tree.sub(x, state.x))
+        )
 
         # What the window, but for the slot that is due, has of the last difference and of r.
         m = state.active.shape[0]
         slot = lax.rem(state.count + (m - 1), jnp.int32(m))
         here = lax.iota(jnp.int32, m) == slot
         others = state.active & ~here
-        dr, dx = _tree.sub(r, state.r), _tree.sub(x_hat, state.x)
         both = [jnp.stack(pair) for pair in zip(dr, r, strict=True)]
         products = _tree.inner_columns(state.V, both)
-        products = lax.select(
-            jnp.broadcast_to(others[:, None], products.shape), products, jnp.zeros_like(products)
-        )
+        products = jnp.where(others[:, None], products, 0)
         V, P = (_tree.combine_columns(columns, products) for columns in (state.V, state.P))
 
         # The new column: what of the difference is new.
         v, p = _tree.sub(dr, [Vi[0] for Vi in V]), _tree.sub(dx, [Pi[0] for Pi in P])
-        whole, new = _norm(dr), _norm(v)
+        (whole, along), (_, squared) = _tree.inner_columns(both, both)
+        new, part = _tree.inner_columns(
+            [vi[None] for vi in v], [jnp.stack(pair) for pair in zip(v, r, strict=True)]
+        )[0]
+        residual, whole, new = _root(squared), _root(whole), _root(new)
         anew = (new <= _NEW * whole) | (residual > _GREW * state.residual)
         v, p = _tree.where(anew, (dr, dx), (v, p))
-        length = lax.select(anew, whole, new)
+        length, part = lax.select(anew, whole, new), lax.select(anew, along, part)
         usable = started & (length > 0)
         shorten = lax.select(usable, 1 / _or_one(length), jnp.zeros_like(length))
         v, p = _times(shorten, v), _times(shorten, p)
@@ -158,12 +161,12 @@ class Anderson(AbstractSolver):
 
         extrapolate = (plain == 0).astype(length.dtype)
         old = extrapolate * (1 - anew.astype(length.dtype))
-        g = extrapolate * _tree.inner(v, r)
+        g = extrapolate * shorten * part
         out = []
-        for xi, ri, vi, pi, Vi, Pi, si in zip(x_hat, r, v, p, V, P, scale, strict=True):
+        for xi, ri, vi, pi, Vi, Pi, si in zip(x, r, v, p, V, P, scale, strict=True):
             g_i, old_i, d = (jnp.asarray(a).astype(xi.dtype) for a in (g, old, self.damping))
             towards = ri - old_i * Vi[1] - g_i * vi
-            out.append((xi + d * towards - old_i * Pi[1] - g_i * pi) * si)
+            out.append(xi + si * (d * towards - old_i * Pi[1] - g_i * pi))
         put = lambda columns, column: [
             lax.dynamic_update_index_in_dim(ci, vi, slot, 0)
             for ci, vi in zip(columns, column, strict=True)
@@ -171,8 +174,8 @@ class Anderson(AbstractSolver):
         return out, AndersonState(
             count=state.count + 1,
             unit=unit,
-            x=x_hat,
-            r=r,
+            x=x,
+            r=raw,
             residual=residual,
             V=put(state.V, v),
             P=put(state.P, p),
@@ -182,16 +185,11 @@ class Anderson(AbstractSolver):
             failed_at=failed_at,
         )
 
-    def _sizes(self, x: Iterate, r: Iterate) -> list[Array]:
-        """The scale of each leaf at the start, the larger of the means of iterate and residual."""
+    def _sizes(self, x: Iterate) -> list[Array]:
+        """The scale of each leaf, the mean of its magnitude."""
         layout = whole_leaves(x) if self.layout is None else self.layout
-        means = [layout.spread_means(list(map(jnp.abs, v))) for v in (x, r)]
-        sizes = [jnp.maximum(a, b) for a, b in zip(*means, strict=True)]
+        sizes = layout.spread_means(list(map(jnp.abs, x)))
         return [lax.select(size > 0, size, jnp.ones_like(size)) for size in sizes]
-
-
-def _divide(x: Iterate, scale: list[Array]) -> Iterate:
-    return [xi / si for xi, si in zip(x, scale, strict=True)]
 
 
 def _times(factor: Float[Array, ""], x: Iterate) -> Iterate:
@@ -200,9 +198,8 @@ def _times(factor: Float[Array, ""], x: Iterate) -> Iterate:
     return [(wi * factor.astype(wi.dtype)).astype(xi.dtype) for wi, xi in zip(wide, x, strict=True)]
 
 
-def _norm(x: Iterate) -> Float[Array, ""]:
-    """The norm, with the derivative 0 at 0, for those who differentiate the iterations."""
-    squared = _tree.inner(x, x)
+def _root(squared: Float[Array, ""]) -> Float[Array, ""]:
+    """The square root, with the derivative 0 at 0, for those who differentiate the iterations."""
     return lax.select(squared > 0, jnp.sqrt(_or_one(squared)), jnp.zeros_like(squared))
 
 
