@@ -48,6 +48,10 @@ def implicit_fixed_point(
     `args`, or captured by `f` are differentiable, and so are leaves of `x0` that the map
     hands on as they are; the guess of the unknown itself has derivative zero.
 
+    A call without `jit` runs the Python code of `f` at least once, to trace it; the compiled
+    program is found by that trace. With a few unknowns the trace costs more than the solve.
+    Where `f` is wrapped in `jax.jit` once, outside the call, JAX keeps its trace.
+
     **Arguments**
 
     - `f`: the map, `f(x, *args) -> x`, or `-> (x, aux)` with `has_aux`: a function, a lambda,
@@ -59,22 +63,25 @@ def implicit_fixed_point(
     - `args`: further arguments of `f`, pytrees of anything.
     - `solver`: how to iterate, `Anderson()` by default.
     - `adjoint`: how to differentiate, `ImplicitAdjoint()` by default.
-    - `rtol`, `atol`: the tolerances, in the units of `x`. The solve has converged when
-      `norm(error / (atol + rtol |x|)) <= 1`, where the *error* is estimated, not the step.
+    - `rtol`, `atol`: the tolerances. The solve has converged when
+      `norm(error / (atol + rtol |x|)) <= 1` at the iterate `x`, where the *error* is estimated,
+      and when the residual is within a tenth of that, or down to round-off.
       By default `rtol = eps^(2/3)` for the dtype of each leaf (3.7e-11 in float64, 2.4e-5 in
-      float32, 9.9e-3 in float16, 3.9e-2 in bfloat16) and `atol` is `rtol` times the scale of
-      the leaf, the largest of the mean magnitudes of guess, iterate and value.
+      float32, 9.9e-3 in float16, 3.9e-2 in bfloat16) and `atol` is `rtol` times the mean
+      magnitude of the leaf of the iterate, plus `eps^3`.
     - `max_steps`: steps of the solver at the most.
-    - `norm`: from a pytree of real or complex arrays to a real scalar.
-    - `early_stop`: `True` for a `lax.while_loop`; `False` for a `lax.scan` of exactly
-      `max_steps` rounds, of which those after convergence do nothing.
+    - `norm`: from a list of real or complex arrays to a real scalar. Leaves of one dtype that
+      have fewer than 4,096 numbers come to it joined in one vector.
+    - `early_stop`: `True` for a `lax.while_loop`; `False` for a `lax.scan` of
+      `max_steps + 2` rounds, of which those after convergence do nothing.
     - `has_aux`: whether `f` returns `(x, aux)`.
     - `on_failure`: `"raise"` an error, within `jit` too; `"nan"` for NaN in value and
       derivatives, lane by lane under `vmap` and without a host callback; `"return"` the best
       iterate, with its `result`.
     - `history`: whether to keep the residuals of every step; see `Stats`.
-    - `progress`: called on the host after each step with the number of steps and the
-      estimated error in units of the tolerance.
+    - `progress`: called on the host whenever the loop looks at an iterate, with the number of
+      steps and the estimated error in units of the tolerance (infinite while nothing is
+      known). The loop then looks at every iterate, the guess included.
 
     **Returns**
 

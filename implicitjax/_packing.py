@@ -15,9 +15,9 @@ SMALL = 4096
 
 
 class Run(NamedTuple):
-    """`count` leaves of `size` numbers each, one after another in a vector."""
+    """So many `leaves` of `size` numbers each, one after another in a vector."""
 
-    count: int
+    leaves: int
     size: int
 
 
@@ -84,9 +84,9 @@ class Packing(NamedTuple):
         if len(self.groups[k]) == 1:
             return jnp.mean(vector)[None]
         parts, start = [], 0
-        for count, size in self.runs(k):
-            stop = start + count * size
-            parts.append(of_rows(lax.slice(vector, (start,), (stop,)).reshape(count, size)))
+        for leaves, size in self.runs(k):
+            stop = start + leaves * size
+            parts.append(of_rows(lax.slice(vector, (start,), (stop,)).reshape(leaves, size)))
             start = stop
         return parts[0] if len(parts) == 1 else jnp.concatenate(parts)
 

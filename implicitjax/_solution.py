@@ -10,10 +10,13 @@ from jaxtyping import Bool, Float, Int, PyTree
 class Result(eqx.Enumeration):
     """How a solve ended. Every member but `converged` is a failure."""
 
-    converged = "The estimated error is within the tolerance."
+    converged = (
+        "The estimated error is within the tolerance, and the residual within a tenth of it or "
+        "down to round-off."
+    )
     max_steps_reached = (
         "The solve used up `max_steps` while the estimated error was still above the "
-        "tolerance.\n"
+        "tolerance, or the residual above a tenth of it.\n"
         "  (a) If the contraction rate below is under 1, it was converging: allow more "
         "steps, or use `Anderson()` or `Newton()`, which need fewer.\n"
         "  (b) If the rate is 1 or more, the map does not contract: use `Anderson()`, "
@@ -29,7 +32,7 @@ class Result(eqx.Enumeration):
         "cannot be met in this dtype; use float64 or loosen `rtol` and `atol`."
     )
     diverged = (
-        "The residual grew until no digit of the guess was left.\n"
+        "The residual grew by a factor of more than 1e20, or overflowed.\n"
         "  (a) The map does not contract: use `Anderson()`, `Newton()`, or "
         "`Picard(damping=...)` below 1.\n"
         "  (b) There may be no fixed point near the guess: start closer."
@@ -46,20 +49,23 @@ class Result(eqx.Enumeration):
 class Stats(eqx.Module):
     """What a solve cost and how well it did. All fields are arrays.
 
-    - `num_steps`: steps of the solver that were taken.
-    - `num_evaluations`: evaluations of the map `f` by the solver. A product with its
-      Jacobian, as `Newton` needs, is not counted.
+    - `num_steps`: steps of the solver that led to the returned value, or to the end of a solve
+      that failed.
+    - `num_evaluations`: evaluations of the map `f` by the solve, the one that a residual down to
+      round-off calls for included. A product with its Jacobian, as `Newton` needs, is not
+      counted.
     - `residual_norm`: `norm(f(x) - x)` at the returned value, in the units of `x`.
     - `error_estimate`: an estimate of `norm(x - x*)` at the returned value, in the same
-      units; this, not the residual, is what the tolerances bound.
-    - `contraction_rate`: the factor by which a step multiplied the residual, near the end; 0
-      where no step was needed.
+      units; this is what the tolerances bound. The largest finite number where nothing is known
+      of the error.
+    - `contraction_rate`: the factor by which a step multiplied the residual, in units of the
+      tolerance, near the end; 0 where no step was needed.
     - `tolerance_clamped`: whether the tolerances lay below the round-off of the dtype,
       so that the solve was held to what the dtype can reach instead.
     - `residual_history`: with `history=True` the root mean square of the residual of every
       leaf: the structure of `x0`, each iterated leaf replaced by an array of shape
       `(max_steps + 1,)` whose entry `k` belongs to the iterate after `k` steps (0 beyond
-      `num_steps`), every other leaf by `None`. Otherwise `None`.
+      the last evaluation), every other leaf by `None`. Otherwise `None`.
     """
 
     num_steps: Int[Array, "..."]
@@ -87,7 +93,7 @@ class Solution(eqx.Module):
 
     @property
     def converged(self) -> Bool[Array, "..."]:
-        """Whether the estimated error is within the tolerance."""
+        """Whether the solve met its tolerance, as `Result.converged` says."""
         return self.result == Result.converged
 
 

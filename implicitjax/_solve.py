@@ -46,8 +46,7 @@ def solve(
         empty = jnp.zeros((configuration.settings.max_steps + 1, 0))
         outcome = nothing_to_solve(empty if configuration.settings.history else None)
 
-    evaluate_levels(problem, roles.outputs, inputs)
-    aux = problem.program(problem.aux_outputs)(inputs)
+    aux = rebuild(problem, inputs)
     out = [inputs[i] for i in state]
     if configuration.on_failure == "nan":
         out, aux = poison(outcome.code != CONVERGED, (out, aux))
@@ -59,6 +58,22 @@ def evaluate_levels(problem: Problem, levels: tuple[tuple[int, ...], ...], input
     for level in levels:
         for i, value in zip(level, problem.program(level)(inputs), strict=True):
             inputs[problem.state[i]] = value
+
+
+def rebuild(problem: Problem, inputs: list) -> list:
+    """Puts the leaves that are written but not read into `inputs`, and returns `aux`.
+
+    The last of them and `aux` come from one evaluation, unless `aux` reads what they write.
+    """
+    *before, last = problem.roles.outputs or ((),)
+    read = sum(1 << problem.state[i] for i in last)
+    if any(problem.flows[i].depends & read for i in problem.aux_outputs):
+        before, last = [*before, last], ()
+    evaluate_levels(problem, tuple(before), inputs)
+    values = problem.program((*last, *problem.aux_outputs))(inputs)
+    for i, value in zip(last, values[: len(last)], strict=True):
+        inputs[problem.state[i]] = value
+    return values[len(last) :]
 
 
 def _fixed_point(

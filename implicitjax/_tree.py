@@ -1,8 +1,8 @@
 """Pytrees as vectors of a real inner-product space, leaf by leaf.
 
-A *vector* is a list (or any pytree) of inexact arrays. Nothing is ever raveled into one
-buffer, so a leaf that is sharded over a mesh stays where it is: a sum over a vector
-costs one all-reduce of a scalar.
+A *vector* is a list (or any pytree) of inexact arrays. Nothing here ravels them into one buffer,
+so a leaf that is sharded over a mesh stays where it is: a sum over a vector costs one
+all-reduce of a scalar. (Small leaves come here already joined, see `_packing.py`.)
 
 Complex leaves are vectors over the reals: the inner product is the real part of the
 Hermitian one. Maps that conjugate, or take moduli or real parts, are linear over the

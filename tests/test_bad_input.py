@@ -1,5 +1,9 @@
 """Bad input: a clear error at once, that names the place and the remedy."""
 
+import collections
+from typing import NamedTuple
+
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,7 +24,11 @@ STATE = {"a": jnp.ones(3), "b": [jnp.zeros(()), jnp.ones(2)]}
     [
         (lambda s: {"a": s["a"]}, r"x0\['b'\]\[0\] \(float64\[\]\) is missing"),
         (lambda s: {**s, "c": s["a"]}, r"leaf at x0\['c'\] \(float64\[3\]\).*has_aux"),
-        (lambda s: {**s, "b": tuple(s["b"])}, "same paths"),
+        (
+            lambda s: {**s, "b": tuple(s["b"])},
+            r"guess is a list at x0\['b'\], the map returns a tuple there",
+        ),
+        (collections.OrderedDict, "the guess is a dict, the map returns an OrderedDict"),
         (
             lambda s: {**s, "a": s["a"][:2]},
             r"x0\['a'\] is float64\[3\] in the guess.*returns float64\[2\]",
@@ -37,6 +45,52 @@ def test_a_map_that_does_not_fit_its_guess(change, words):
     for run in (solve, lambda f, x: jax.jit(lambda x: solve(f, x).value)(x)):
         with pytest.raises(TypeError, match=words):
             run(change, STATE)
+
+
+class Position(NamedTuple):
+    x: jax.Array
+
+
+class Velocity(NamedTuple):
+    x: jax.Array
+
+
+class Named(eqx.Module):
+    x: jax.Array
+    name: str = eqx.field(static=True)
+
+
+@pytest.mark.parametrize(
+    ("guess", "value", "words"),
+    [
+        ([1.0], (1.0,), r"the guess is a list, the map returns a tuple\.$"),
+        (
+            [Position(1.0)],  # pyright: ignore[reportArgumentType]
+            [Velocity(1.0)],  # pyright: ignore[reportArgumentType]
+            r"guess is a Position at x0\[0\], the map returns a Velocity there",
+        ),
+        (
+            {"a": {"b": [1.0]}},
+            {"a": {"b": (1.0,)}},
+            r"a list at x0\['a'\]\['b'\], the map returns a tuple there",
+        ),
+        ((1.0, None), (1.0, ()), r"guess is None at x0\[1\], the map returns a tuple there"),
+        ((1.0, None), (1.0, None, None), r"guess is a tuple, and .* whose keys"),
+        (
+            [Named(jnp.ones(()), "a")],
+            [Named(jnp.ones(()), "b")],
+            r"guess is a Named at x0\[0\], and .* static fields differ",
+        ),
+        (
+            Position(1.0),  # pyright: ignore[reportArgumentType]
+            collections.namedtuple("Position", "x")(1.0),  # noqa: PYI024
+            "guess is a Position, the map returns another class of that name",
+        ),
+    ],
+)
+def test_containers_that_differ_where_the_leaves_have_the_same_paths(guess, value, words):
+    with pytest.raises(TypeError, match=words):
+        solve(lambda _: value, guess)
 
 
 def test_a_guess_without_a_float_leaf():

@@ -44,11 +44,11 @@ class Settings(NamedTuple):
     """
 
     max_steps: int
-    norm: Callable[[list], Array]
+    norm: Callable[..., Any]
     early_stop: bool
     keep_best: bool
     history: bool
-    progress: Callable[[Any, Any], None] | None
+    progress: Callable[..., Any] | None
 
     def stop(self, tree: Any) -> Any:
         """Constants for every derivative. Only a scan is differentiated, the rule sees no step."""
@@ -106,19 +106,18 @@ def iterate(
         return s._replace(x=s.ahead, fx=f(s.ahead), step=s.step + 1)
 
     def move(s: State) -> State:
+        assert s.fx is not None
         ahead, memory = solver.step(f, s.x, s.fx, s.memory)
         return s._replace(ahead=ahead, memory=memory, fx=None if solver.steps_to_value else s.fx)
 
     def body(s: State) -> State:
         if rarely:  # the rate tells how many steps there are to go before it is worth a look
             due = lambda t: (t.step < s.look_at) & unfinished(t)
-            new = judge(lax.while_loop(due, lambda t: move(evaluate(t)), s), s)
-        elif solver.uses_map:  # its step is not worth a last time for nothing
+            return judge(lax.while_loop(due, lambda t: move(evaluate(t)), s), s)
+        if solver.uses_map:  # its step costs too much to be taken once more for nothing
             new = judge(evaluate(s), s)
-            new = lax.cond(new.code == RUNNING, move, lambda t: t._replace(ahead=t.x), new)
-        else:
-            new = judge(move(evaluate(s)), s)
-        return new._replace(ahead=turn_aside(new, tolerances))
+            return lax.cond(new.code == RUNNING, move, lambda t: t, new)
+        return judge(move(evaluate(s)), s)
 
     def judge(new: State, old: State) -> State:
         return _judge(new, old, solver, tolerances, settings)
@@ -175,8 +174,9 @@ def _judge(
         dx, dr = _tree.sub(x, x_old), _tree.sub(r, _tree.sub(fx_old, x_old))
         vectors += [normalise(v, unit) for v in (dx, dr)]
     norms = _number.measure(settings.norm, vectors)
-    now, sampled = Measured(*norms, *norms[3:][: 5 - len(norms)]), not solver.steady
-    quiet = is_quiet(now, *vectors[:2], tolerances.packing)
+    residual, roundoff, raw, dx = norms[:4]
+    now, sampled = Measured(residual, roundoff, raw, dx, norms[-1]), not solver.steady
+    quiet = is_quiet(now, vectors[0], vectors[1], tolerances.packing)
     before = Seen(*_number.cut(old.seen))
     seen = _number.see(before, new.step, now, sampled)
     code = _decide(seen, now, sampled)
@@ -191,11 +191,13 @@ def _judge(
     if history is not None:
         squares = tolerances.packing.leaf_means([_tree.squares(ri) for ri in r])
         row = jnp.sqrt(jnp.concatenate(squares)).astype(history.dtype)
+        row = lax.select(old.code == PROBING, jnp.zeros_like(row), row)  # a probe is no iterate
         history = history.at[new.step].set(row)
     if settings.progress is not None:
         jax.debug.callback(settings.progress, new.step, seen.error[0])
     return new._replace(
         x=_tree.where(code == ACCEPTED, old.x, new.x),
+        ahead=turn_aside(new.ahead, code == PROBING, x, r, unit, residual),
         code=code,
         look_at=new.step + _number.steps_to_go(seen) if solver.steady else new.look_at,
         seen=lax.concatenate(seen, 0),

@@ -9,8 +9,9 @@ itself to go (Banach, *Fundamenta Mathematicae* 3, 1922). Hence
 
 in units of the tolerance: the largest sample, and the larger of the last factor and the mean one,
 since the last power of two steps but one. That window forgets what a far guess has shown, and
-its length grows with the slowness of the solve. The residual itself must be within a tenth of the
-tolerance, since it may hide a tenth of itself in a slow mode.
+its length grows with the slowness of the solve; what round-off leaves is amplified by the largest
+sample of all. The residual itself must be within a tenth of the tolerance, since it may hide a
+tenth of itself in a slow mode.
 """
 
 from collections.abc import Callable, Sequence
@@ -56,10 +57,12 @@ class Seen(NamedTuple):
       before.
     - `sample`: the largest sample since `mark_at`; `before`: the largest from `earlier_at` until
       then. 0 where there was none.
+    - `most`: the largest sample of all, by which round-off is amplified.
     - `last`, `mean`: the factor of the last step, and the mean one since `earlier_at`.
     - `error`: the estimated error; NaN or infinite where nothing is known of it.
     - `best`, `best_at`: the least residual, and its step.
     - `raw`, `first`: the last and the first residual in the units of the unknown.
+    - `falls`: the factor of the last step in those units.
     """
 
     residual: Number
@@ -70,6 +73,7 @@ class Seen(NamedTuple):
     earlier_at: Number
     sample: Number
     before: Number
+    most: Number
     last: Number
     mean: Number
     error: Number
@@ -77,11 +81,12 @@ class Seen(NamedTuple):
     best_at: Number
     raw: Number
     first: Number
+    falls: Number
 
 
 def nothing_seen(dtype: jnp.dtype) -> Float[Array, " numbers"]:
     """Before the first evaluation, which is step 0."""
-    zero = ("at", "mark_at", "earlier_at", "sample", "before", "best_at")
+    zero = ("at", "mark_at", "earlier_at", "sample", "before", "most", "best_at")
     start = [0.0 if name in zero else float("inf") for name in Seen._fields]
     return jnp.asarray(start, dtype)
 
@@ -100,11 +105,12 @@ def see(seen: Seen, step: Int[Array, ""], now: Measured, sampled: bool) -> Seen:
     last = _factor(now.residual, seen.residual, at - seen.at)
     # The round-off of the residual counts against it: a rate that it blurs is no proof.
     mean = _factor(now.residual + now.roundoff, earlier, at - earlier_at)
-    sample, before = seen.sample, seen.before
+    sample, before, most = seen.sample, seen.before, seen.most
     if sampled:
         new = take_sample(now.dx, now.dr, now.roundoff)
         before = lax.select(turn, sample, before)
         sample = lax.select(turn, new, jnp.maximum(sample, new))
+        most = jnp.maximum(most, new)
     better = now.residual < seen.best
     new = Seen(
         residual=now.residual,
@@ -115,6 +121,7 @@ def see(seen: Seen, step: Int[Array, ""], now: Measured, sampled: bool) -> Seen:
         earlier_at=earlier_at,
         sample=sample,
         before=before,
+        most=most,
         last=last,
         mean=mean,
         error=seen.error,
@@ -122,8 +129,11 @@ def see(seen: Seen, step: Int[Array, ""], now: Measured, sampled: bool) -> Seen:
         best_at=lax.select(better, at, seen.best_at),
         raw=now.raw,
         first=lax.select(seen.first < jnp.inf, seen.first, now.raw),
+        falls=_factor(now.raw, seen.raw, at - seen.at),
     )
     error = amplification(new, sampled) * jnp.maximum(now.residual, now.roundoff)
+    if sampled:
+        error = jnp.maximum(error, most * now.roundoff)
     return new._replace(error=error)
 
 

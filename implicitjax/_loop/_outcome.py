@@ -25,8 +25,8 @@ class Outcome(eqx.Module):
 
     - `numbers`: the residual norm and the estimated error in the units of the unknown, that error
       in units of the tolerance, the factor of the last step.
-    - `counts`: the code, one of the constants above but none of `PROBING`, `RUNNING`, `ACCEPTED`; the steps
-      and the evaluations.
+    - `counts`: the code, one of the constants above that ends a solve but `ACCEPTED`; the steps and
+      the evaluations.
     - `clamped`: whether a tolerance lay below what the dtype can reach.
     - `worst`: the index of the leaf whose residual is the largest beside its size.
     - `history`: the residuals of every leaf, a column each, or `None`.

@@ -1,12 +1,10 @@
-"""A residual down to round-off is no proof, so the map is evaluated once more beside the iterate.
+"""A residual down to round-off is no proof: the map is evaluated once more beside the iterate.
 
-In float32 the residual of `x + 1e-8 (5 - x)` is zero at 1, and everywhere around. A solve that would
-end with a quiet leaf, one whose residual is down to round-off, takes a look a few tolerances aside
-first. If every leaf shows a residual there, the iterate is accepted; if not, the solve goes on
-from where it looked.
+In float32 the residual of `x + 1e-8 (5 - x)` is zero at 1, and everywhere around it. A leaf is
+quiet when its residual is down to round-off. A solve that would end with a quiet leaf first looks a
+few tolerances aside. If every leaf shows a residual there, the iterate is accepted; if not, the
+solve goes on from where it looked.
 """
-
-from typing import Any
 
 import jax.numpy as jnp
 from jax import Array, lax
@@ -15,9 +13,8 @@ from jaxtyping import Bool, Int
 from .. import _tree
 from .._packing import Packing
 from . import _number
-from ._number import Measured, Seen
+from ._number import Measured, Number, Seen
 from ._outcome import ACCEPTED, choose, CONVERGED, PROBING
-from ._units import Tolerances
 
 # How far a probe goes, in tolerances.
 _ASIDE = 3.0
@@ -53,28 +50,30 @@ def settle(
     met = (sample > 0) & _number.within(error, old.residual, now.roundoff)
     met = probed & ~quiet & (met | (old.at > 0))
     known = lax.select(old.at > 0, old.error, error)
-    seen = seen._replace(error=lax.select(met, known, seen.error))
+    seen = seen._replace(
+        error=lax.select(met, known, seen.error),
+        residual=lax.select(met, old.residual, seen.residual),
+        raw=lax.select(met, old.raw, seen.raw),
+        falls=lax.select(met, old.falls, seen.falls),
+    )
     code = choose(met, ACCEPTED, choose(ask, PROBING, code))
     return lax.squeeze(code, (0,)), seen
 
 
-def turn_aside(state: Any, tolerances: Tolerances) -> list:
-    """What is evaluated next: where the code asks for a probe, a point beside the iterate.
+def turn_aside(
+    ahead: list, probing: Bool[Array, ""], x: list, r: list, unit: list, residual: Number
+) -> list:
+    """What is evaluated next: where the code asks for a probe, a point beside the iterate `x`.
 
-    It lies along the residual, which holds more of a slow mode than a random direction, and along
-    the tolerance where the residual is zero.
+    It lies along the residual `r`, which holds more of a slow mode than a random direction, and
+    along the tolerance where the residual is zero.
     """
-    probing, x, value = state.code == PROBING, *_tree.stop_gradient((state.x, state.value))
-    unit, residual = tolerances.at(x, value).tolerance(), _number.cut(state.seen)[0]
-    stretch = _ASIDE / lax.squeeze(jnp.maximum(residual, 1e-30), (0,))
+    stretch = _ASIDE / lax.squeeze(residual, (0,))  # infinite where nothing is along it
 
-    def aside(ahead: Array, xi: Array, fi: Array, ui: Array) -> Array:
-        along = _tree.widen(fi - xi, ui.dtype)
-        moved = lax.select(
-            along == 0,
-            (_ASIDE * ui + 0 * abs(along)).astype(along.dtype),
-            along * stretch.astype(along.dtype),
-        )
+    def aside(ahead: Array, xi: Array, ri: Array, ui: Array) -> Array:
+        along = _tree.widen(ri, ui.dtype)
+        still = (_ASIDE * ui).astype(along.dtype)
+        moved = lax.select(along == 0, still, along * stretch.astype(along.dtype))
         return lax.select(probing, xi + moved.astype(xi.dtype), ahead)
 
-    return list(map(aside, state.ahead, x, value, unit))
+    return list(map(aside, ahead, x, r, unit))

@@ -47,7 +47,8 @@ class Tolerances(NamedTuple):
             means = self.packing.spread_means(sizes)
             atols = [r * m + e**3 for r, m, e in zip(rtols, means, epsilons, strict=True)]
         else:
-            atols = [jnp.asarray(self.atol).astype(d) for d in wide]
+            # No unit is zero.
+            atols = [jnp.maximum(jnp.asarray(self.atol).astype(d), _tiny(d)) for d in wide]
         asked = [a + r * s for a, r, s in zip(atols, rtols, sizes, strict=True)]
         roundoff = [
             _constant(e, d) * jnp.minimum(s, v)
@@ -78,15 +79,17 @@ class Units(NamedTuple):
     def tolerance(self) -> list[Array]:
         """The unit of every entry: what is asked for, but not less than the dtype can reach."""
         pairs = zip(self.asked, self.roundoff, strict=True)
-        return [
-            jnp.maximum(jnp.maximum(a, CLAMP * r), float(jnp.finfo(a.dtype).tiny)) for a, r in pairs
-        ]
+        return [jnp.maximum(a, CLAMP * r) for a, r in pairs]
 
 
 def normalise(vector: Sequence[Array], unit: Sequence[Array]) -> list[Array]:
     """`vector` in units, in float32 at least."""
     wide = [_tree.widen(vi, ui.dtype) for vi, ui in zip(vector, unit, strict=True)]
     return [vi / ui.astype(vi.dtype) for vi, ui in zip(wide, unit, strict=True)]
+
+
+def _tiny(dtype: Any) -> float:
+    return float(jnp.finfo(dtype).tiny)
 
 
 def _constant(value: Any, dtype: Any) -> Array:

@@ -13,10 +13,9 @@ def match(
     call: Call, arrays: list, x0: Any, value: Any
 ) -> tuple[list, tuple[Static | None, ...], dict[int, Any]]:
     """The array leaves of the state that came out, each like the one that went in."""
-    before, tree = jax.tree_util.tree_flatten_with_path(x0)
-    after, tree_out = jax.tree_util.tree_flatten_with_path(value)
-    if tree != tree_out:
-        raise TypeError(_structure_message(before, after, tree, tree_out))
+    before, after = _flatten(x0), _flatten(value)
+    if jax.tree.structure(x0) != jax.tree.structure(value):
+        raise TypeError(_structure_message(x0, value))
     out: list[Any] = []
     statics: list[Static | None] = []
     corrections: dict[int, Any] = {}
@@ -86,24 +85,65 @@ def _describe(leaf: Any) -> str:
     return repr(leaf)
 
 
-def _structure_message(before: list, after: list, tree: Any, tree_out: Any) -> str:
-    """Where two structures part: the first path that only one of them has."""
+def _structure_message(x0: Any, value: Any) -> str:
+    """Where two structures part: the first path that only one of them has, or else the first
+    container that is not like the other.
+    """
     head = "The map must return the structure of its guess. "
-    old = {jax.tree_util.keystr(p): leaf for p, leaf in before}
-    new = {jax.tree_util.keystr(p): leaf for p, leaf in after}
+    old, new = ({jax.tree_util.keystr(p): leaf for p, leaf in _flatten(t)} for t in (x0, value))
     for path, leaf in old.items():
         if path not in new:
             return (
                 f"{head}The leaf x0{path} ({_describe(leaf)}) is missing from what it returns: "
-                f"{tree_out}."
+                f"{jax.tree.structure(value)}."
             )
     for path, leaf in new.items():
         if path not in old:
             return (
                 f"{head}It returns a leaf at x0{path} ({_describe(leaf)}) that the guess does "
-                f"not have: the guess is {tree}. If the map returns (x, aux), pass has_aux=True."
+                f"not have: the guess is {jax.tree.structure(x0)}. If the map returns (x, aux), "
+                "pass has_aux=True."
             )
-    return (
-        f"{head}The leaves have the same paths, but the guess is\n  {tree}\nand it returns\n"
-        f"  {tree_out}."
-    )
+    return f"{head}The leaves have the same paths, but {_containers_part(x0, value, '')}."
+
+
+def _containers_part(old: Any, new: Any, path: str) -> str:
+    """The words for the first place at which the containers differ, "" where there is none."""
+    at, there = (f" at x0{path}", " there") if path else ("", "")
+    if type(old) is not type(new) and not jax.tree_util.all_leaves([old, new]):
+        same_name = type(old).__name__ == type(new).__name__
+        other = "another class of that name" if same_name else _a(new)
+        return f"the guess is {_a(old)}{at}, the map returns {other}{there}"
+    if _level(old) != _level(new):
+        return (
+            f"the guess is {_a(old)}{at}, and the map returns one whose keys, their order or "
+            "static fields differ"
+        )
+    for (key, i), (_, j) in zip(_children(old), _children(new), strict=True):
+        words = _containers_part(i, j, path + jax.tree_util.keystr(key))
+        if words:
+            return words
+    return ""
+
+
+def _flatten(tree: Any) -> list[tuple]:
+    return jax.tree_util.tree_flatten_with_path(tree)[0]
+
+
+def _level(node: Any) -> Any:
+    """The structure of a container, its children taken for leaves."""
+    return jax.tree.structure(node, is_leaf=lambda x: x is not node)
+
+
+def _children(node: Any) -> list[tuple]:
+    """The children of a container with their keys; none of a leaf."""
+    pairs = jax.tree_util.tree_flatten_with_path(node, is_leaf=lambda x: x is not node)[0]
+    return [(key, child) for key, child in pairs if key]
+
+
+def _a(node: Any) -> str:
+    """The container's class, with its article."""
+    name = type(node).__name__
+    if node is None:
+        return "None"
+    return f"an {name}" if name[0] in "AEIOUaeiou" else f"a {name}"

@@ -1,7 +1,7 @@
 """The default: the method is chosen by the size of the unknown."""
 
 from .._check import positive_int
-from .._tree import size
+from .._tree import explicitly_sharded, size
 from ._base import AbstractLinearSolver, LinearSolution, Operator, Vector
 from ._dense import DenseLU
 from ._gmres import GMRES
@@ -13,7 +13,8 @@ class AutoLinearSolver(AbstractLinearSolver):
     A factorisation of a few hundred unknowns costs less than the start-up of a Krylov
     method and serves every right-hand side of a Jacobian or Hessian at once; its memory
     grows as the square, its time as the cube. Shapes are static, so that the choice is
-    made when the program is compiled. A complex number counts as two unknowns.
+    made when the program is compiled. A complex number counts as two unknowns. Unknowns that are
+    sharded over mesh axes of type `Explicit` are never gathered into a matrix: `GMRES()`.
     """
 
     dense_limit: int = 512
@@ -23,5 +24,6 @@ class AutoLinearSolver(AbstractLinearSolver):
 
     def solve(self, A: Operator, b: Vector) -> LinearSolution:
         """Solves `A u = b`; `b` is a list of real arrays of any shapes."""
-        solver = DenseLU() if size(b) <= self.dense_limit else GMRES()
+        dense = size(b) <= self.dense_limit and not any(map(explicitly_sharded, b))
+        solver = DenseLU() if dense else GMRES()
         return solver.solve(A, b)

@@ -3,13 +3,16 @@
 import abc
 import math
 from collections.abc import Callable
+from typing import Any
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.sharding import auto_axes, explicit_axes, NamedSharding, reshard
 from jaxtyping import Bool, Float
 
-from .._tree import all_zero, inner, rms_norm, robust_norm, sub
+from .._tree import all_zero, explicitly_sharded, inner, rms_norm, robust_norm, sub
 
 Vector = list[Array]
 Operator = Callable[[Vector], Vector]
@@ -58,6 +61,22 @@ def scaled_solve(solver: AbstractLinearSolver, A: Operator, b: Vector) -> Linear
     return LinearSolution(value, out.residual, out.tolerance, out.condition, out.trusted | trivial)
 
 
+def with_auto_axes(solve: Callable[[Operator, Vector], Vector], A: Operator, b: Vector) -> Vector:
+    """`solve(A, b)`, also where `b` lies on mesh axes of type `Explicit`.
+
+    The inner products of JAX's Krylov methods are contractions, and one of a sharded axis is an
+    error there. So the method sees axes of type `Auto`, and `A` alone those of its caller.
+    """
+    sharded = [jax.typeof(leaf).sharding for leaf in b if explicitly_sharded(leaf)]
+    if not sharded:
+        return solve(A, b)
+    mesh, axes = sharded[0].mesh, sharded[0].mesh.explicit_axes
+    shardings = [NamedSharding(mesh, jax.typeof(leaf).sharding.spec) for leaf in b]
+    products: Any = explicit_axes(A, axes=axes, in_sharding=(shardings,))
+    auto: Any = auto_axes(lambda b: solve(products, b), axes=axes, out_sharding=shardings)
+    return auto(b)
+
+
 def default_rtol(dtype: jnp.dtype) -> float:
     """The relative accuracy that is asked for by default: `eps^(2/3)` of the dtype.
 
@@ -72,7 +91,10 @@ def probe(like: Vector) -> Vector:
     out, start = [], 1
     for leaf in like:
         index = jnp.arange(start, start + leaf.size, dtype=leaf.dtype).reshape(leaf.shape)
-        out.append(math.sqrt(2) * jnp.sin(index * index))
+        sample = math.sqrt(2) * jnp.sin(index * index)
+        if explicitly_sharded(leaf):
+            sample = reshard(sample, jax.typeof(leaf).sharding)
+        out.append(sample)
         start += leaf.size
     return out
 

@@ -11,6 +11,7 @@ from ._base import (
     measured,
     Operator,
     Vector,
+    with_auto_axes,
 )
 
 
@@ -37,5 +38,9 @@ class BiCGStab(AbstractLinearSolver):
         """Solves `A u = b`; `b` is a list of real arrays of any shapes."""
         rtol = default_rtol(b[0].dtype) if self.rtol is None else self.rtol
         max_steps = min(10 * size(b), 1000) if self.max_steps is None else self.max_steps
-        u, _ = jax.scipy.sparse.linalg.bicgstab(A, b, tol=rtol, maxiter=max_steps)
+
+        def solve(A: Operator, b: Vector) -> Vector:
+            return jax.scipy.sparse.linalg.bicgstab(A, b, tol=rtol, maxiter=max_steps)[0]
+
+        u = with_auto_axes(solve, A, b)
         return measured(A, b, u, 10 * rtol)

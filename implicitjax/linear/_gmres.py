@@ -11,6 +11,7 @@ from ._base import (
     measured,
     Operator,
     Vector,
+    with_auto_axes,
 )
 
 
@@ -43,12 +44,16 @@ class GMRES(AbstractLinearSolver):
         rtol = default_rtol(b[0].dtype) if self.rtol is None else self.rtol
         restart = min(self.restart, n)
         max_steps = min(10 * n, 1000) if self.max_steps is None else self.max_steps
-        u, _ = jax.scipy.sparse.linalg.gmres(
-            A,
-            b,
-            tol=rtol,
-            restart=restart,
-            maxiter=-(-max_steps // restart),
-            solve_method="incremental",
-        )
+
+        def solve(A: Operator, b: Vector) -> Vector:
+            return jax.scipy.sparse.linalg.gmres(
+                A,
+                b,
+                tol=rtol,
+                restart=restart,
+                maxiter=-(-max_steps // restart),
+                solve_method="incremental",
+            )[0]
+
+        u = with_auto_axes(solve, A, b)
         return measured(A, b, u, 10 * rtol)

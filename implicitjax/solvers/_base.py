@@ -14,7 +14,8 @@ Map = Callable[[Iterate], Iterate]
 class AbstractSolver(eqx.Module):
     """A method for `x = f(x)`. The loop owns evaluation and the stop test, not the method.
 
-    An iterate is a list of real or complex arrays, the leaves of the unknown. All sums over
+    An iterate is a list of real or complex arrays: the leaves of the unknown, of which those of
+    one dtype with fewer than 4,096 numbers are joined in one vector. All sums over
     it must treat a complex number as two reals (`Re <a, b>`), since `f` need not be
     holomorphic.
 

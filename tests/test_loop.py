@@ -1,0 +1,469 @@
+"""The parts of the loop by themselves: the number that judges, and the unit of error."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+
+import implicitjax as ij
+from implicitjax._loop import _number, Tolerances
+from implicitjax._loop._number import Measured, Seen
+from implicitjax._loop._units import normalise
+from implicitjax._packing import packing, whole
+
+EPS = float(np.finfo(np.float64).eps)
+DTYPES = [np.float64, np.float32]
+
+
+def number(value: Any, dtype: Any = np.float64) -> Any:
+    return jnp.asarray([value], dtype)
+
+
+def nothing(dtype: Any = np.float64) -> Seen:
+    return Seen(*_number.cut(_number.nothing_seen(jnp.dtype(dtype))))
+
+
+def watch(
+    residuals: Any,
+    roundoff: float = 0.0,
+    samples: Any = None,
+    steps: Any = None,
+    dtype: Any = np.float64,
+) -> Iterator[tuple[int, Seen]]:
+    """The steps, and what was seen at each of them; `samples` are the `|dx|` of a `|dr|` of 1."""
+    seen = nothing(dtype)
+    for i, residual in enumerate(residuals):
+        step = i if steps is None else steps[i]
+        dx = 0.0 if samples is None else samples[i]
+        dr = 0.0 if samples is None else 1.0
+        now = Measured(*(number(v, dtype) for v in (residual, roundoff, residual, dx, dr)))
+        seen = _number.see(seen, jnp.asarray(step, jnp.int32), now, samples is not None)
+        yield step, seen
+
+
+def last(steps: Iterator[tuple[int, Seen]]) -> Seen:
+    return list(steps)[-1][1]
+
+
+def start_of_window(step: int) -> int:
+    """The last power of two but one."""
+    return 0 if step < 2 else 2 ** (int(np.log2(step)) - 1)
+
+
+# --- the number ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("q", [0.1, 0.75])
+def test_a_geometric_sequence_leaves_what_its_sum_says(q, dtype):
+    residuals = 100 * q ** np.arange(12.0)
+    tolerance = 30 * np.finfo(dtype).eps
+    for step, seen in watch(residuals, dtype=dtype):
+        assert seen.error.dtype == dtype
+        if step == 0:
+            assert np.isinf(seen.error[0])
+            continue
+        left = sum(residuals[step] * q**k for k in range(2000))
+        np.testing.assert_allclose(seen.error[0], left, rtol=tolerance)
+        np.testing.assert_allclose(seen.last[0], q, rtol=tolerance)
+        np.testing.assert_allclose(seen.mean[0], q, rtol=tolerance)
+
+
+@pytest.mark.parametrize("sampled", [False, True])
+@pytest.mark.parametrize("q", [0.9, 0.3])
+def test_of_a_linear_map_in_one_dimension_the_error_is_exact(q, sampled):
+    unit, fixed_point, x = 1e-3, 2.0, 7.0
+    iterates = [x := q * x + (1 - q) * fixed_point for _ in range(10)]
+    residuals = [abs(q * x + (1 - q) * fixed_point - x) / unit for x in iterates]
+    # |dx| / |dr| of a linear map.
+    samples = [0.0] + 9 * [1 / (1 - q)] if sampled else None
+    for step, seen in watch(residuals, samples=samples):
+        if step > 0:
+            exact = abs(iterates[step] - fixed_point) / unit
+            np.testing.assert_allclose(seen.error[0], exact, rtol=1e-9)
+
+
+def test_a_residual_that_alternates_is_judged_by_its_size():
+    # x -> -x / 2 leaves r / 1.5, its rate says r / 0.5; a sample cannot lower the rate's word.
+    x = np.array([(-0.5) ** k for k in range(6)])
+    residuals = np.abs(-0.5 * x - x)
+    seen = last(watch(residuals, samples=[0.0] + 5 * [1 / 1.5]))
+    np.testing.assert_allclose(seen.error[0], residuals[-1] / 0.5, rtol=1e-12)
+
+
+def test_of_a_linear_map_in_two_dimensions_the_slow_mode_counts():
+    J = np.array([[0.55, 0.35], [0.35, 0.55]])  # eigenvalues 0.9 and 0.2
+    x_star = np.array([1.0, -2.0])
+    x = np.array([40.0, 11.0])
+    errors, residuals = [], []
+    for _ in range(41):
+        errors.append(np.sqrt(np.mean((x - x_star) ** 2)))
+        x_new = x_star + J @ (x - x_star)
+        residuals.append(np.sqrt(np.mean((x_new - x) ** 2)))
+        x = x_new
+    for step, seen in watch(residuals):
+        if step == 0:
+            continue
+        e = start_of_window(step)
+        mean = (residuals[step] / residuals[e]) ** (1 / (step - e))
+        rate = max(residuals[step] / residuals[step - 1], mean)
+        np.testing.assert_allclose(seen.error[0], residuals[step] / (1 - rate), rtol=1e-9)
+        if step > 20:
+            np.testing.assert_allclose(seen.error[0], errors[step], rtol=1e-6)
+
+
+def test_in_two_dimensions_a_sample_of_the_slow_mode_outweighs_the_rate():
+    # Two steps of any method: the first moves along the slow mode, the second along the fast one.
+    slow, fast = 1 / (1 - 0.99), 1 / (1 - 0.2)
+    residuals = [1.0, 0.1, 0.01]
+    seen = list(watch(residuals, samples=[0.0, slow, fast]))
+    np.testing.assert_allclose(seen[1][1].error[0], 0.1 * slow, rtol=1e-12)
+    np.testing.assert_allclose(seen[2][1].error[0], 0.01 * slow, rtol=1e-12)
+
+
+def test_the_window_begins_at_the_last_power_of_two_but_one():
+    rng = np.random.default_rng(0)
+    residuals = 10.0 ** rng.uniform(-3, 3, size=70)
+    samples = 10.0 ** rng.uniform(-3, 3, size=70)
+    for step, seen in watch(residuals, samples=samples):
+        e = start_of_window(step)
+        assert seen.at[0] == step
+        if step > 0:
+            assert seen.earlier_at[0] == e
+            mean = (residuals[step] / residuals[e]) ** (1 / (step - e))
+            np.testing.assert_allclose(seen.mean[0], mean, rtol=1e-12)
+        in_window = np.maximum(seen.sample[0], seen.before[0])
+        assert in_window == samples[e : step + 1].max()
+
+
+def test_the_window_forgets_a_far_guess():
+    # Of a far guess it shows 1000; from step 4 on the map is a contraction by a half.
+    residuals = np.concatenate([np.ones(4), 0.5 ** np.arange(1, 7)])
+    samples = np.array([0, 1, 1, 1000] + 6 * [2.0])
+    errors = {step: float(seen.error[0]) for step, seen in watch(residuals, samples=samples)}
+    assert np.isinf(errors[3])  # the residual has not fallen
+    np.testing.assert_allclose(errors[7], 1000 * residuals[7], rtol=1e-12)
+    np.testing.assert_allclose(errors[8], 2 * residuals[8], rtol=1e-12)
+
+
+def test_looks_that_leave_steps_out_have_the_same_rate():
+    steps = [0, 1, 2, 5, 11, 19]
+    residuals = [0.8**k for k in steps]
+    for step, seen in watch(residuals, steps=steps):
+        if step > 0:
+            np.testing.assert_allclose(seen.last[0], 0.8, rtol=1e-12)
+            np.testing.assert_allclose(seen.error[0], 0.8**step / 0.2, rtol=1e-11)
+
+
+def test_a_rate_that_roundoff_blurs_counts_against_the_solve():
+    # Residuals 1, 1/2, 1/4 at the steps 0, 1, 2; the mean since step 1 is of 1/4 + 1/8.
+    seen = last(watch([1.0, 0.5, 0.25], roundoff=0.125))
+    np.testing.assert_allclose(seen.last[0], 0.5)
+    np.testing.assert_allclose(seen.mean[0], 0.375 / 0.5)
+    np.testing.assert_allclose(seen.error[0], 0.25 / (1 - 0.75), rtol=1e-12)
+
+
+def test_the_factor_in_the_units_of_the_unknown_is_that_of_the_raw_residual():
+    seen = nothing()
+    for step, (residual, raw) in enumerate([(8.0, 3.0), (2.0, 2.4)]):
+        numbers = [number(v) for v in (residual, 0.0, raw, 0.0, 0.0)]
+        seen = _number.see(seen, jnp.asarray(step, jnp.int32), Measured(*numbers), False)
+    np.testing.assert_allclose([seen.last[0], seen.falls[0]], [0.25, 0.8], rtol=1e-14)
+
+
+def test_what_was_best_and_first_is_kept():
+    seen = last(watch([8.0, 3.0, 2.0, 5.0, 2.0]))
+    assert [float(v[0]) for v in (seen.best, seen.best_at, seen.first)] == [2.0, 2.0, 8.0]
+    assert float(seen.raw[0]) == 2.0
+
+
+@pytest.mark.parametrize("sampled", [False, True])
+def test_a_residual_that_does_not_fall_proves_nothing(sampled):
+    for residuals in ([1e-3, 1e-3, 1e-3], [1e-9, 1e-6, 1e-3], [1e-2, 1e-3, 2e-3]):
+        seen = last(watch(residuals, samples=[0.0, 2.0, 2.0] if sampled else None))
+        assert np.isinf(seen.error[0])
+        assert not _number.within(seen.error, seen.residual, number(0.0))[0]
+
+
+@pytest.mark.parametrize("sampled", [False, True])
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_residual_that_is_not_finite_never_converges(bad, sampled):
+    for residuals in ([bad], [1e-2, bad], [1e-2, 1e-4, bad], [bad, 1e-3], [1.0, bad, 1e-3]):
+        samples = len(residuals) * [2.0] if sampled else None
+        seen = last(watch(residuals, samples=samples))
+        assert not np.isfinite(seen.error[0])
+        assert not _number.within(seen.error, seen.residual, number(0.0))[0]
+
+
+def test_a_residual_of_zero_leaves_its_roundoff():
+    # The mean factor is (2^-6 / 1)^(1/1).
+    seen = last(watch([1.0, 0.0], roundoff=2.0**-6))
+    np.testing.assert_allclose(seen.error[0], 2.0**-6 / (1 - 2.0**-6), rtol=1e-12)
+    assert seen.last[0] == 0
+    assert _number.within(seen.error, seen.residual, number(2.0**-6))[0]
+    # Without round-off there is nothing left; and of a guess alone nothing is known.
+    assert last(watch([1.0, 0.0])).error[0] == 0
+    first = last(watch([0.0]))
+    assert not _number.within(first.error, first.residual, number(0.0))[0]
+
+
+def test_a_residual_below_roundoff_counts_as_roundoff():
+    seen = last(watch([1.0, 0.25, 0.0625], roundoff=0.1))
+    # The mean factor since step 1 is 0.1625 / 0.25.
+    np.testing.assert_allclose(seen.error[0], 0.1 / (1 - 0.65), rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("dx", "dr", "roundoff", "sample"),
+    [
+        (6.0, 3.0, 0.5, 2.0),
+        (6.0, 3.0, 0.75, 0.0),  # not above four times the round-off
+        (6.0, 3.0, 0.74, 2.0),
+        (6.0, 0.0, 0.0, 0.0),
+        (0.0, 3.0, 0.0, 0.0),
+        (6.0, np.nan, 0.0, 0.0),
+        (np.inf, 3.0, 0.0, np.inf),
+    ],
+)
+def test_a_sample_stands_above_roundoff(dx, dr, roundoff, sample):
+    assert _number.take_sample(number(dx), number(dr), number(roundoff))[0] == sample
+
+
+@pytest.mark.parametrize(
+    ("last_factor", "mean", "sample", "before", "of_rate", "with_samples"),
+    [
+        (0.5, 0.75, 3.0, 1.0, 4.0, 4.0),
+        (0.75, 0.5, 3.0, 1.0, 4.0, 4.0),
+        (0.5, 0.5, 3.0, 5.0, 2.0, 5.0),
+        (0.5, 0.5, 5.0, 3.0, 2.0, 5.0),
+        (0.5, 0.5, 0.0, 0.0, 2.0, np.inf),
+        (0.5, 0.5, 0.0, 0.5, 2.0, 2.0),
+        (1.0, 0.5, 3.0, 3.0, np.inf, np.inf),
+        (0.5, 1.5, 3.0, 3.0, np.inf, np.inf),
+        (0.0, 0.0, 3.0, 3.0, 1.0, 3.0),
+    ],
+)
+def test_the_amplification_is_the_largest_that_was_seen(
+    last_factor, mean, sample, before, of_rate, with_samples
+):
+    values = {"last": last_factor, "mean": mean, "sample": sample, "before": before}
+    seen = nothing()._replace(**{k: number(v) for k, v in values.items()})
+    assert _number.amplification(seen, False)[0] == of_rate
+    assert _number.amplification(seen, True)[0] == with_samples
+
+
+@pytest.mark.parametrize(
+    ("error", "residual", "roundoff", "expected"),
+    [
+        (1.0, 0.1, 0.0, True),
+        (1.001, 0.1, 0.0, False),
+        (1.0, 0.101, 0.0, False),
+        (1.0, 0.5, 0.125, True),  # four times the round-off
+        (1.0, 0.501, 0.125, False),
+        (0.0, 0.0, 0.0, True),
+        (np.nan, 0.0, 0.0, False),
+        (np.inf, 0.0, 0.0, False),
+        (0.5, np.nan, 0.0, False),
+    ],
+)
+def test_converged_is_an_error_of_one_and_a_residual_of_a_tenth(
+    error, residual, roundoff, expected
+):
+    assert bool(_number.within(number(error), number(residual), number(roundoff))[0]) is expected
+
+
+@pytest.mark.parametrize(
+    ("q", "at", "residual"),
+    [(0.9, 400, 3.0), (0.9, 20, 1e6), (0.99, 400, 1e3), (0.5, 400, 200.0), (0.99, 30, 0.2)],
+)
+def test_the_next_look_is_after_half_of_the_steps_to_go(q, at, residual):
+    error = residual / (1 - q)
+    # Steps of the factor q until the error is 1 and the residual a tenth.
+    to_go = max(np.log(error), np.log(residual / 0.1)) / -np.log(q)
+    expected = max(1, int(min(to_go / 2, at / 4, 8)))
+    values = {"error": error, "residual": residual, "at": at, "last": q, "mean": q / 2}
+    seen = nothing()._replace(**{k: number(v) for k, v in values.items()})
+    assert int(_number.steps_to_go(seen)) == expected
+    swapped = seen._replace(last=seen.mean, mean=seen.last)
+    assert int(_number.steps_to_go(swapped)) == expected
+
+
+@pytest.mark.parametrize("q", [0.9, 0.999])
+def test_the_next_look_is_never_beyond_the_end(q):
+    for residual in 10.0 ** np.arange(-0.9, 6):
+        values = {"error": residual / (1 - q), "residual": residual, "at": 1e6, "last": q}
+        seen = nothing()._replace(mean=number(q), **{k: number(v) for k, v in values.items()})
+        steps = int(_number.steps_to_go(seen))
+        before = residual * q ** (steps - 1)
+        assert 1 <= steps <= 8
+        assert steps == 1 or before / (1 - q) > 1 or before > 0.1
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, 0.0])
+def test_without_a_rate_every_step_is_looked_at(bad):
+    fields = {"error": bad, "residual": bad, "at": 2.0, "last": bad, "mean": bad}
+    seen = nothing()._replace(**{k: number(v) for k, v in fields.items()})
+    assert int(_number.steps_to_go(seen)) == 1
+
+
+def test_a_rate_of_one_is_looked_at_after_a_quarter_of_the_steps_and_eight():
+    fields = {"error": np.inf, "residual": 5.0, "last": 1.0, "mean": 1.0}
+    seen = nothing()._replace(**{k: number(v) for k, v in fields.items()})
+    for at, steps in ((1, 1), (8, 2), (20, 5), (32, 8), (500, 8)):
+        assert int(_number.steps_to_go(seen._replace(at=number(at)))) == steps
+
+
+def test_the_norms_of_several_vectors_are_those_of_each():
+    a = [np.array([3.0, 4.0]), np.array([[1.0 + 2.0j]])]
+    b = [np.array([-1.0, 0.5]), np.array([[2.0 - 1.0j]])]
+    sizes = [np.array([0.25, 0.5]), np.array([[3.0]])]  # real where the unknown is complex
+
+    def rms(v):
+        return np.sqrt(sum(np.sum(np.abs(vi) ** 2) for vi in v) / 3)
+
+    vectors = [[jnp.asarray(vi) for vi in v] for v in (a, b, sizes)]
+    norms = _number.measure(ij.rms_norm, vectors)
+    assert [n.shape for n in norms] == [(1,)] * 3
+    np.testing.assert_allclose([n[0] for n in norms], [rms(a), rms(b), rms(sizes)], rtol=1e-14)
+
+
+def test_a_norm_that_overflows_is_the_largest_number_and_nan_stays():
+    vectors = [[jnp.asarray([v, 1.0])] for v in (1e300, np.inf, np.nan)]
+    norms = [float(n[0]) for n in _number.measure(ij.rms_norm, vectors)]
+    assert norms[:2] == 2 * [np.finfo(np.float64).max]
+    assert np.isnan(norms[2])
+
+
+# --- the unit -----------------------------------------------------------------------------------
+
+
+def tolerances(x: list, rtol: Any = None, atol: Any = None, packed: Any = whole) -> Tolerances:
+    epsilons = tuple(float(jnp.finfo(xi.dtype).eps) for xi in x)
+    return Tolerances(rtol, atol, epsilons, packed(x))
+
+
+@pytest.mark.parametrize("value", [np.inf, -np.inf, 1e300, 0.0, 5.0])
+@pytest.mark.parametrize(("rtol", "atol"), [(None, None), (1e-6, 1e-9), (None, 0.0)])
+def test_the_tolerance_depends_on_the_iterate_alone(value, rtol, atol):
+    x = [jnp.asarray([1.0, -3.0, 0.0]), jnp.asarray(7.0)]
+    t = tolerances(x, rtol, atol)
+    reference = t.at(x, x)
+    other = t.at(x, [jnp.full_like(xi, value) for xi in x])
+    for a, b in ((reference.asked, other.asked), (reference.tolerance(), other.tolerance())):
+        for ai, bi in zip(a, b, strict=True):
+            np.testing.assert_array_equal(ai, bi)
+    # The iterate does change it.
+    moved = t.at([2 * xi for xi in x], x)
+    assert all(np.any(a > b) for a, b in zip(moved.asked, reference.asked, strict=True))
+
+
+def test_the_default_tolerance_has_the_scale_of_each_leaf():
+    x = [np.array([1.0, -3.0, 0.0, 8.0]), np.array([[1e6, -2e6]]), np.array(0.0)]
+    arrays = [jnp.asarray(xi) for xi in x]
+    asked = tolerances(arrays).at(arrays, arrays).asked
+    rtol = EPS ** (2 / 3)
+    for xi, unit in zip(x, asked, strict=True):
+        expected = rtol * np.mean(np.abs(xi)) + EPS**3 + rtol * np.abs(xi)
+        np.testing.assert_allclose(unit, expected, rtol=1e-14)
+    np.testing.assert_allclose(asked[2], EPS**3, rtol=1e-14)  # a solution of zero can be met
+
+
+def test_leaves_that_travel_in_one_vector_have_each_its_own_scale():
+    x = [np.array([1e3, -3e3]), np.array(1e-5), np.array([2.0, 4.0]), np.array([0.0, 1.0, 5.0])]
+    arrays = [jnp.asarray(xi) for xi in x]
+    t = tolerances(arrays, packed=packing)
+    (vector,) = t.packing.pack(arrays)
+    rtol = EPS ** (2 / 3)
+    order = [1, 0, 2, 3]  # by size
+    means = np.concatenate([np.full(x[i].size, np.mean(np.abs(x[i]))) for i in order])
+    entries = np.concatenate([np.abs(x[i]).reshape(-1) for i in order])
+    units = t.at([vector], [vector])
+    np.testing.assert_allclose(units.asked[0], rtol * (means + entries) + EPS**3, rtol=1e-14)
+
+
+def test_leaves_in_one_vector_are_held_each_to_its_own_roundoff():
+    x = [jnp.asarray([2.0, 4.0]), jnp.asarray([3.0])]
+    coarse = float(np.finfo(np.float32).eps)
+    t = Tolerances(None, None, (coarse, EPS), packing(x))
+    (vector,) = t.packing.pack(x)
+    units = t.at([vector], [vector])
+    eps = np.array([EPS, coarse, coarse])
+    entries, means = np.array([3.0, 2.0, 4.0]), 3.0
+    np.testing.assert_allclose(
+        units.asked[0], eps ** (2 / 3) * (means + entries) + eps**3, rtol=1e-14
+    )
+    np.testing.assert_allclose(units.roundoff[0], eps * entries, rtol=1e-14)
+
+
+def test_tolerances_that_are_given_are_those():
+    x = [np.array([1.0, -3.0, 0.0]), np.array([[50.0]])]
+    arrays = [jnp.asarray(xi) for xi in x]
+    both = tolerances(arrays, 1e-3, 1e-5).at(arrays, arrays)
+    absolute = tolerances(arrays, 0.0, jnp.asarray(1e-5)).at(arrays, arrays)
+    relative = tolerances(arrays, 1e-3).at(arrays, arrays)
+    for k, xi in enumerate(x):
+        size = np.abs(xi)
+        np.testing.assert_allclose(both.asked[k], 1e-5 + 1e-3 * size, rtol=1e-14)
+        np.testing.assert_allclose(both.tolerance()[k], 1e-5 + 1e-3 * size, rtol=1e-14)
+        np.testing.assert_allclose(absolute.asked[k], np.full_like(xi, 1e-5), rtol=1e-14)
+        expected = 1e-3 * (np.mean(size) + size) + EPS**3
+        np.testing.assert_allclose(relative.asked[k], expected, rtol=1e-14)
+
+
+def test_roundoff_is_that_of_the_smaller_of_iterate_and_value_entry_by_entry():
+    x = [jnp.asarray([1.0, -4.0, 0.0, 2.0]), jnp.asarray(1e300)]
+    fx = [jnp.asarray([3.0, 1.0, 5.0, -np.inf]), jnp.asarray(-2.0)]
+    roundoff = tolerances(x).at(x, fx).roundoff
+    np.testing.assert_array_equal(roundoff[0], EPS * np.array([1.0, 1.0, 0.0, 2.0]))
+    np.testing.assert_array_equal(roundoff[1], EPS * 2.0)
+
+
+def test_no_tolerance_is_below_eight_units_of_roundoff():
+    x, fx = [jnp.asarray([1.0, -4.0, 0.0])], [jnp.asarray([3.0, 2.0, 5.0])]
+    t = tolerances(x, 0.0, 0.0)
+    tiny = np.finfo(np.float64).tiny
+    np.testing.assert_array_equal(t.at(x, fx).tolerance()[0], [8 * EPS, 16 * EPS, tiny])
+
+
+def test_a_tolerance_that_was_clamped_is_told():
+    x = [jnp.asarray([1.0, 4.0]), jnp.asarray([2.0])]
+    assert not tolerances(x).clamped(x, x)
+    assert not tolerances(x, 8 * EPS, 0.0).clamped(x, x)
+    assert tolerances(x, 7.9 * EPS, 0.0).clamped(x, x)
+    assert tolerances(x, 0.0, 31 * EPS).clamped(x, x)  # of the entry 4 alone
+    assert not tolerances(x, 0.0, 33 * EPS).clamped(x, x)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "eps", "unit_dtype"),
+    [
+        (ml_dtypes.bfloat16, 2.0**-7, np.float32),
+        (np.float16, 2.0**-10, np.float32),
+        (np.float32, 2.0**-23, np.float32),
+        (np.complex64, 2.0**-23, np.float32),
+        (np.complex128, 2.0**-52, np.float64),
+    ],
+)
+def test_the_unit_is_real_and_in_float32_at_least(dtype, eps, unit_dtype):
+    x = np.array([3.0, -0.5, 0.0]).astype(dtype)
+    if np.issubdtype(dtype, np.complexfloating):
+        x = (x * (0.6 + 0.8j)).astype(dtype)
+    fx = (2 * x).astype(dtype)
+    units = tolerances([jnp.asarray(x)]).at([jnp.asarray(x)], [jnp.asarray(fx)])
+    size, rtol = np.array([3.0, 0.5, 0.0]), eps ** (2 / 3)
+    assert units.asked[0].dtype == units.roundoff[0].dtype == unit_dtype
+    expected = rtol * (3.5 / 3 + size) + eps**3
+    np.testing.assert_allclose(units.asked[0], expected, rtol=1e-6)
+    np.testing.assert_allclose(units.roundoff[0], eps * size, rtol=1e-6)
+
+
+def test_a_vector_in_units_is_wide_and_keeps_its_phase():
+    v = [jnp.asarray([3.0 + 4.0j]), jnp.asarray([1.0, 3.0], jnp.bfloat16)]
+    unit = [jnp.asarray([0.5]), jnp.asarray([4.0, 0.5], jnp.float32)]
+    out = normalise(v, unit)
+    assert [o.dtype for o in out] == [np.complex128, np.float32]
+    np.testing.assert_array_equal(out[0], [6.0 + 8.0j])
+    np.testing.assert_array_equal(out[1], [0.25, 6.0])
