@@ -63,7 +63,7 @@ class Named(eqx.Module):
 @pytest.mark.parametrize(
     ("guess", "value", "words"),
     [
-        ([1.0], (1.0,), r"the guess is a list, the map returns a tuple\.$"),
+        ([1.0], (1.0,), r"the guess is a list, the map returns a tuple\."),
         (
             [Position(1.0)],  # pyright: ignore[reportArgumentType]
             [Velocity(1.0)],  # pyright: ignore[reportArgumentType]
@@ -75,7 +75,7 @@ class Named(eqx.Module):
             r"a list at x0\['a'\]\['b'\], the map returns a tuple there",
         ),
         ((1.0, None), (1.0, ()), r"guess is None at x0\[1\], the map returns a tuple there"),
-        ((1.0, None), (1.0, None, None), r"guess is a tuple, and .* whose keys"),
+        ((1.0, None), (1.0, None, None), r"guess is a tuple, and .* whose length"),
         (
             [Named(jnp.ones(()), "a")],
             [Named(jnp.ones(()), "b")],
@@ -83,7 +83,7 @@ class Named(eqx.Module):
         ),
         (
             Position(1.0),  # pyright: ignore[reportArgumentType]
-            collections.namedtuple("Position", "x")(1.0),  # noqa: PYI024
+            collections.namedtuple("Position", "x")(1.0),
             "guess is a Position, the map returns another class of that name",
         ),
     ],

@@ -279,11 +279,11 @@ def test_converged_is_an_error_of_one_and_a_residual_of_a_tenth(
     ("q", "at", "residual"),
     [(0.9, 400, 3.0), (0.9, 20, 1e6), (0.99, 400, 1e3), (0.5, 400, 200.0), (0.99, 30, 0.2)],
 )
-def test_the_next_look_is_after_half_of_the_steps_to_go(q, at, residual):
+def test_the_next_look_is_after_most_of_the_steps_to_go(q, at, residual):
     error = residual / (1 - q)
     # Steps of the factor q until the error is 1 and the residual a tenth.
     to_go = max(np.log(error), np.log(residual / 0.1)) / -np.log(q)
-    expected = max(1, int(min(to_go / 2, at / 4, 8)))
+    expected = max(1, int(min(to_go / 1.25, at / 2, 16)))
     values = {"error": error, "residual": residual, "at": at, "last": q, "mean": q / 2}
     seen = nothing()._replace(**{k: number(v) for k, v in values.items()})
     assert int(_number.steps_to_go(seen)) == expected
@@ -298,7 +298,7 @@ def test_the_next_look_is_never_beyond_the_end(q):
         seen = nothing()._replace(mean=number(q), **{k: number(v) for k, v in values.items()})
         steps = int(_number.steps_to_go(seen))
         before = residual * q ** (steps - 1)
-        assert 1 <= steps <= 8
+        assert 1 <= steps <= 16
         assert steps == 1 or before / (1 - q) > 1 or before > 0.1
 
 
@@ -309,10 +309,10 @@ def test_without_a_rate_every_step_is_looked_at(bad):
     assert int(_number.steps_to_go(seen)) == 1
 
 
-def test_a_rate_of_one_is_looked_at_after_a_quarter_of_the_steps_and_eight():
+def test_a_rate_of_one_is_looked_at_after_half_of_the_steps_and_sixteen():
     fields = {"error": np.inf, "residual": 5.0, "last": 1.0, "mean": 1.0}
     seen = nothing()._replace(**{k: number(v) for k, v in fields.items()})
-    for at, steps in ((1, 1), (8, 2), (20, 5), (32, 8), (500, 8)):
+    for at, steps in ((1, 1), (8, 4), (20, 10), (32, 16), (500, 16)):
         assert int(_number.steps_to_go(seen._replace(at=number(at)))) == steps
 
 

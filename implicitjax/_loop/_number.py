@@ -22,6 +22,8 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Bool, Float, Int
 
+from .._packing import SMALL
+
 # The residual must be a tenth of the tolerance, or round-off.
 TENTH = 0.1
 # A difference of residuals above so many times the round-off is a sample.
@@ -173,21 +175,26 @@ def small(residual: Number, roundoff: Number) -> Bool[Array, " 1"]:
 
 
 def steps_to_go(seen: Seen) -> Int[Array, ""]:
-    """How many steps may pass before the next look: half of those that the rate foretells, at
-    most a quarter of those taken, and 8.
+    """How many steps may pass before the next look: most of those that the rate foretells, at most
+    half of those taken, and 16.
     """
     left = jnp.log(jnp.maximum(seen.error, seen.residual / TENTH))
-    falls = -2 * jnp.log(jnp.maximum(seen.last, seen.mean))
+    falls = -1.25 * jnp.log(jnp.maximum(seen.last, seen.mean))
     falls = jnp.maximum(falls, float(jnp.finfo(left.dtype).tiny))
-    most = jnp.minimum(0.25 * seen.at, 8)
+    most = jnp.minimum(0.5 * seen.at, 16)
     steps = jnp.minimum(left / falls, most).astype(jnp.int32)
     return lax.squeeze(jnp.maximum(steps, 1), (0,))  # after the conversion, since NaN is no step
 
 
 def measure(norm: Callable[[list], Array], vectors: Sequence[list]) -> list[Number]:
-    """The norms of several vectors, by one reduction."""
-    rows = [jnp.stack(_alike(leaves)) for leaves in zip(*vectors, strict=True)]
-    norms = jax.vmap(norm)(rows)
+    """The norms of several vectors: of small ones by one reduction, of large ones one by one, since
+    to stack them would copy them.
+    """
+    if any(leaf.size >= SMALL for leaf in vectors[0]):
+        norms = jnp.stack([norm(vector) for vector in vectors])
+    else:
+        rows = [jnp.stack(_alike(leaves)) for leaves in zip(*vectors, strict=True)]
+        norms = jax.vmap(norm)(rows)
     return cut(jnp.minimum(norms, float(jnp.finfo(norms.dtype).max)))
 
 

@@ -116,7 +116,7 @@ def _containers_part(old: Any, new: Any, path: str) -> str:
         return f"the guess is {_a(old)}{at}, the map returns {other}{there}"
     if _level(old) != _level(new):
         return (
-            f"the guess is {_a(old)}{at}, and the map returns one whose keys, their order or "
+            f"the guess is {_a(old)}{at}, and the map returns one whose length, keys or "
             "static fields differ"
         )
     for (key, i), (_, j) in zip(_children(old), _children(new), strict=True):
