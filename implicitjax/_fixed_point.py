@@ -130,8 +130,8 @@ def _stats(problem: Problem, outcome: Outcome) -> Stats:
     if history is not None:
         history = problem.rebuild_history([history[..., i] for i in range(history.shape[-1])])
     return Stats(
-        num_steps=outcome.counts[..., 1],
-        num_evaluations=outcome.counts[..., 2],
+        num_steps=outcome.num_steps,
+        num_evaluations=outcome.num_evaluations,
         residual_norm=outcome.numbers[..., 0],
         error_estimate=outcome.numbers[..., 1],
         contraction_rate=outcome.numbers[..., 3],
@@ -144,13 +144,14 @@ def _raise_if_failed(
     problem: Problem, outcome: Outcome, state: list, aux: list
 ) -> tuple[list, list]:
     """Raises on the host, or where only a running program can know, from within it."""
-    concrete = not isinstance(outcome.counts, Tracer)
-    if concrete and int(np.asarray(outcome.counts)[0]) == CONVERGED:
+    concrete = not isinstance(outcome.code, Tracer)
+    if concrete and int(outcome.code) == CONVERGED:
         return state, aux
     failure = ConvergenceFailure(tuple(problem.paths[i] for i in problem.roles.feedback))
     numbers = {
         "numbers": jax.lax.stop_gradient(outcome.numbers),
-        "counts": outcome.counts,
+        "code": outcome.code,
+        "num_steps": outcome.num_steps,
         "worst": outcome.worst,
     }
     if concrete:
@@ -172,9 +173,9 @@ class ConvergenceFailure:
         """Called on the host with concrete numbers."""
         found, lane = first_failure(np.asarray(failed), operands)
         residual_norm, _, ratio, rate = (float(n) for n in found["numbers"])
-        code, steps, _ = (int(n) for n in found["counts"])
+        code = int(found["code"])
         info = {
-            "num_steps": steps,
+            "num_steps": int(found["num_steps"]),
             "residual_norm": residual_norm,
             "ratio": ratio,
             "contraction_rate": rate,

@@ -63,9 +63,7 @@ class Packing(NamedTuple):
 
     def leaf_means(self, vectors: Sequence[Array]) -> list[Float[Array, " leaves"]]:
         """The mean of the entries of every leaf, vector by vector; of real vectors."""
-        return [
-            self._by_run(k, v, lambda rows: jnp.mean(rows, axis=1)) for k, v in enumerate(vectors)
-        ]
+        return [self._by_run(k, v, _mean_of_rows) for k, v in enumerate(vectors)]
 
     def spread_means(self, vectors: Sequence[Array]) -> list[Array]:
         """In every entry the mean of its leaf; of real vectors. One number where a vector is one
@@ -73,16 +71,16 @@ class Packing(NamedTuple):
         """
 
         def spread(rows: Array) -> Array:
-            return jnp.broadcast_to(jnp.mean(rows, axis=1)[:, None], rows.shape).reshape(-1)
+            return jnp.broadcast_to(_mean_of_rows(rows)[:, None], rows.shape).reshape(-1)
 
         return [
-            jnp.mean(v) if len(self.groups[k]) == 1 else self._by_run(k, v, spread)
+            _mean(v) if len(self.groups[k]) == 1 else self._by_run(k, v, spread)
             for k, v in enumerate(vectors)
         ]
 
     def _by_run(self, k: int, vector: Array, of_rows: Callable[[Array], Array]) -> Array:
         if len(self.groups[k]) == 1:
-            return jnp.mean(vector)[None]
+            return _mean(vector)[None]
         parts, start = [], 0
         for leaves, size in self.runs(k):
             stop = start + leaves * size
@@ -128,6 +126,15 @@ def packing(leaves: Sequence[Any]) -> Packing:
 def whole(leaves: Sequence[Any]) -> Packing:
     """Every leaf by itself."""
     return Packing(tuple((i,) for i in range(len(leaves))), tuple(x.shape for x in leaves))
+
+
+def _mean(v: Array) -> Array:
+    """The mean; a sum of so many large numbers could overflow where each is finite."""
+    return jnp.sum(v / max(v.size, 1))
+
+
+def _mean_of_rows(rows: Array) -> Array:
+    return jnp.sum(rows / max(rows.shape[1], 1), axis=1)
 
 
 def _concatenate(leaves: list[Array]) -> Array:

@@ -32,7 +32,7 @@ def finish(state: Any, tolerances: Tolerances, settings: Any) -> tuple[list, Out
         # A maximum over several devices drops NaN, and a norm may overflow; a sum does neither.
         finite = _tree.all_finite(_tree.sub(*settings.stop((fx, x))))
         code = choose(code == NONFINITE, DIVERGED, code)
-        code = choose(finite, code, NONFINITE)
+        code = choose(finite | probed, code, NONFINITE)
     raw = seen.raw
     if state.best is not None:
         x, fx, raw = _tree.where(code != CONVERGED, state.best, (x, fx, raw))
@@ -43,7 +43,9 @@ def finish(state: Any, tolerances: Tolerances, settings: Any) -> tuple[list, Out
     at, value = settings.stop((x, fx))
     return x, Outcome(
         numbers=lax.select(jnp.isfinite(numbers), numbers, bounds),
-        counts=jnp.stack([code, state.step - probed.astype(jnp.int32), state.step + 1]),
+        code=code,
+        num_steps=jnp.minimum(state.step - probed.astype(jnp.int32), settings.max_steps),
+        num_evaluations=state.step + 1,
         clamped=tolerances.clamped(at, value),
         worst=_worst(at, value, tolerances),
         history=None if state.history is None else state.history[:, tolerances.packing.inverse],

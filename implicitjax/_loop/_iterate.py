@@ -186,7 +186,7 @@ def _judge(
         turn = lax.squeeze(seen.mark_at == seen.at, (0,)) | (code == PROBING)
         reference = _tree.where(turn, x, reference)
     if best is not None:
-        better = lax.squeeze(now.raw < best[-1], (0,))
+        better = lax.squeeze(now.raw < best[-1], (0,)) & (old.code != PROBING)
         best = _tree.where(better, (new.x, value, now.raw), best)
     if history is not None:
         squares = tolerances.packing.leaf_means([_tree.squares(ri) for ri in r])

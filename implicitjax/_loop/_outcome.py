@@ -25,23 +25,20 @@ class Outcome(eqx.Module):
 
     - `numbers`: the residual norm and the estimated error in the units of the unknown, that error
       in units of the tolerance, the factor of the last step.
-    - `counts`: the code, one of the constants above that ends a solve but `ACCEPTED`; the steps and
-      the evaluations.
+    - `code`: one of the constants above that ends a solve but `ACCEPTED`.
+    - `num_steps`, `num_evaluations`: steps of the solver, evaluations of the map.
     - `clamped`: whether a tolerance lay below what the dtype can reach.
     - `worst`: the index of the leaf whose residual is the largest beside its size.
     - `history`: the residuals of every leaf, a column each, or `None`.
     """
 
     numbers: Float[Array, "... 4"]
-    counts: Int[Array, "... 3"]
+    code: Int[Array, "..."]
+    num_steps: Int[Array, "..."]
+    num_evaluations: Int[Array, "..."]
     clamped: Bool[Array, "..."]
     worst: Int[Array, "..."]
     history: Array | None
-
-    @property
-    def code(self) -> Int[Array, "..."]:
-        """Why the loop ended."""
-        return self.counts[..., 0]
 
     def result(self) -> Result:
         """The public name of the code."""
@@ -63,7 +60,9 @@ def nothing_to_solve(history: Array | None) -> Outcome:
     """No leaf feeds back: the solution is what the map returns."""
     return Outcome(
         numbers=jnp.zeros((4,)),
-        counts=jnp.asarray([CONVERGED, 0, 0], jnp.int32),
+        code=jnp.full((), CONVERGED, jnp.int32),
+        num_steps=jnp.zeros((), jnp.int32),
+        num_evaluations=jnp.zeros((), jnp.int32),
         clamped=jnp.zeros((), bool),
         worst=jnp.zeros((), jnp.int32),
         history=history,

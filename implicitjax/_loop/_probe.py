@@ -21,12 +21,12 @@ _ASIDE = 3.0
 
 
 def is_quiet(now: Measured, r: list, roundoff: list, packing: Packing) -> Bool[Array, " 1"]:
-    """Whether the residual of some leaf is down to round-off; `r` and `roundoff` in units."""
+    """Whether the residual of some leaf is down to round-off, or NaN; in units."""
     if len(packing.order) == 1:
-        return now.residual <= _number.LOST * now.roundoff
+        return ~(now.residual > _number.LOST * now.roundoff)
     shown, noise = (packing.leaf_means(list(map(_tree.squares, v))) for v in (r, roundoff))
     pairs = zip(shown, noise, strict=True)
-    return _tree.any_of([s <= _number.LOST**2 * n for s, n in pairs])[None]
+    return _tree.any_of([~(s > _number.LOST**2 * n) for s, n in pairs])[None]
 
 
 def settle(
@@ -66,13 +66,14 @@ def turn_aside(
     """What is evaluated next: where the code asks for a probe, a point beside the iterate `x`.
 
     It lies along the residual `r`, which holds more of a slow mode than a random direction, and
-    along the tolerance where the residual is zero.
+    where that is zero a few tolerances towards zero, which most domains of a map admit.
     """
     stretch = _ASIDE / lax.squeeze(residual, (0,))  # infinite where nothing is along it
 
     def aside(ahead: Array, xi: Array, ri: Array, ui: Array) -> Array:
         along = _tree.widen(ri, ui.dtype)
         still = (_ASIDE * ui).astype(along.dtype)
+        still = lax.select(xi == 0, still, -still * jnp.sign(xi).astype(along.dtype))
         moved = lax.select(along == 0, still, along * stretch.astype(along.dtype))
         return lax.select(probing, xi + moved.astype(xi.dtype), ahead)
 

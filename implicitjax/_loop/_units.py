@@ -45,7 +45,10 @@ class Tolerances(NamedTuple):
         rtols = [self._rtol(e, d) for e, d in zip(epsilons, wide, strict=True)]
         if self.atol is None:
             means = self.packing.spread_means(sizes)
-            atols = [r * m + e**3 for r, m, e in zip(rtols, means, epsilons, strict=True)]
+            atols = [
+                r * m + _constant(np.maximum(e**3, _step(xi)), r.dtype)
+                for r, m, e, xi in zip(rtols, means, epsilons, x, strict=True)
+            ]
         else:
             # No unit is zero.
             atols = [jnp.maximum(jnp.asarray(self.atol).astype(d), _tiny(d)) for d in wide]
@@ -86,6 +89,11 @@ def normalise(vector: Sequence[Array], unit: Sequence[Array]) -> list[Array]:
     """`vector` in units, in float32 at least."""
     wide = [_tree.widen(vi, ui.dtype) for vi, ui in zip(vector, unit, strict=True)]
     return [vi / ui.astype(vi.dtype) for vi, ui in zip(wide, unit, strict=True)]
+
+
+def _step(x: Array) -> float:
+    """A few of the smallest steps of the dtype; in float16 alone they are above `eps^3`."""
+    return 8 * float(jnp.finfo(x.dtype).smallest_subnormal)
 
 
 def _tiny(dtype: Any) -> float:
