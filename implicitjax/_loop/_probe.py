@@ -17,7 +17,7 @@ from ._number import Measured, Number, Seen
 from ._outcome import ACCEPTED, choose, CONVERGED, PROBING
 
 # How far a probe goes, in tolerances.
-_ASIDE = 3.0
+_ASIDE = 2.0
 
 
 def is_quiet(now: Measured, r: list, roundoff: list, packing: Packing) -> Bool[Array, " 1"]:
