@@ -197,7 +197,7 @@ def _judge(
         jax.debug.callback(settings.progress, new.step, seen.error[0])
     return new._replace(
         x=_tree.where(code == ACCEPTED, old.x, new.x),
-        ahead=turn_aside(new.ahead, code == PROBING, x, r, unit, residual),
+        ahead=turn_aside(new.ahead, code == PROBING, x, r, unit, now),
         code=code,
         look_at=new.step + _number.steps_to_go(seen) if solver.steady else new.look_at,
         seen=lax.concatenate(seen, 0),

@@ -61,20 +61,22 @@ def settle(
 
 
 def turn_aside(
-    ahead: list, probing: Bool[Array, ""], x: list, r: list, unit: list, residual: Number
+    ahead: list, probing: Bool[Array, ""], x: list, r: list, unit: list, now: Measured
 ) -> list:
     """What is evaluated next: where the code asks for a probe, a point beside the iterate `x`.
 
     It lies along the residual `r`, which holds more of a slow mode than a random direction, and
-    where that is zero a few tolerances towards zero, which most domains of a map admit.
+    where that shows nothing a few tolerances towards zero, which most domains of a map admit.
     """
-    stretch = _ASIDE / lax.squeeze(residual, (0,))  # infinite where nothing is along it
+    shown = now.residual > now.roundoff
+    stretch = lax.squeeze(lax.select(shown, _ASIDE / now.residual, 0 * now.roundoff), (0,))
 
     def aside(ahead: Array, xi: Array, ri: Array, ui: Array) -> Array:
         along = _tree.widen(ri, ui.dtype)
         still = (_ASIDE * ui).astype(along.dtype)
         still = lax.select(xi == 0, still, -still * jnp.sign(xi).astype(along.dtype))
-        moved = lax.select(along == 0, still, along * stretch.astype(along.dtype))
+        moved = along * stretch.astype(along.dtype)
+        moved = lax.select(moved == 0, still, moved)
         return lax.select(probing, xi + moved.astype(xi.dtype), ahead)
 
     return list(map(aside, ahead, x, r, unit))
