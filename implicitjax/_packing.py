@@ -8,11 +8,7 @@ import numpy as np
 from jax import Array, lax
 from jaxtyping import Float
 
-from ._tree import explicitly_sharded
-
-# Leaves with fewer numbers are packed; a larger one is left as it is, and so is its sharding.
-SMALL = 4096
-
+from ._tree import explicitly_sharded, SMALL
 
 class Run(NamedTuple):
     """So many `leaves` of `size` numbers each, one after another in a vector."""
@@ -111,7 +107,8 @@ class Packing(NamedTuple):
 
 
 def packing(leaves: Sequence[Any]) -> Packing:
-    """Groups leaves of a dtype that have fewer than `SMALL` numbers; the rest stand alone.
+    """Groups leaves of a dtype that have fewer than `SMALL` numbers; the rest stand alone, and so
+    their sharding is left as it is.
 
     A leaf on a mesh axis of type `Explicit` stands alone too: a concatenation would gather it.
     """

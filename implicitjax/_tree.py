@@ -21,6 +21,10 @@ from jax import Array, lax
 from jaxtyping import Bool, Float, PyTree
 
 
+# Fewer numbers than this are a small leaf: the number of operations is what it costs, not memory.
+SMALL = 4096
+
+
 def accumulation_dtype(*trees: PyTree) -> Any:
     """The real dtype in which sums over these leaves are taken: float64 or float32."""
     bits = [jnp.finfo(leaf.dtype).bits for leaf in jax.tree.leaves(trees)]
@@ -88,39 +92,55 @@ def squares(x: Array) -> Array:
     return _real_product(x, x, accumulation_dtype(x))
 
 
-def inner_columns(columns: PyTree, rows: PyTree) -> Float[Array, "m k"]:
-    """`Re <column_i, row_j>` for `m` columns and `k` rows, each stacked along the first axis."""
+def inner_columns(columns: PyTree, rows: Sequence[PyTree]) -> Float[Array, "m k"]:
+    """`Re <column_i, row_j>` for `m` columns, stacked along the first axis, and `k` rows."""
     dtype = accumulation_dtype(columns, rows)
 
-    def leaf(ci: Array, xi: Array) -> Array:
-        if explicitly_sharded(xi):  # a contraction of such an axis is an error
-            product = _real_product(ci[:, None], xi[None], dtype)
+    def leaf(ci: Array, *xi: Array) -> Array:
+        if explicitly_sharded(xi[0]):  # a contraction of such an axis is an error
+            product = _real_product(ci[:, None], jnp.stack(xi)[None], dtype)
             return jnp.sum(product, axis=tuple(range(2, product.ndim)))
-        ci, xi = widen(ci, dtype), widen(xi, dtype)
-        pairs = [(ci.real, xi.real), (ci.imag, xi.imag)] if jnp.iscomplexobj(ci) else [(ci, xi)]
-        axes = tuple(range(1, ci.ndim))
-        dims = ((axes, axes), ((), ()))
-        return functools.reduce(
-            jnp.add, [lax.dot_general(c, v, dims, precision="highest") for c, v in pairs]
-        )
+        if xi[0].size < SMALL:
+            return _products(ci, jnp.stack(xi), dtype)
+        return jnp.concatenate([_products(ci, x[None], dtype) for x in xi], axis=1)
 
-    return _total(jax.tree.map(leaf, columns, rows), dtype)
+    return _total(jax.tree.map(leaf, columns, *rows), dtype)
+
+
+def inner_rows(xs: Sequence[PyTree], ys: Sequence[PyTree]) -> Float[Array, "m k"]:
+    """`Re <x_i, y_j>`."""
+    if all(leaf.size < SMALL for leaf in jax.tree.leaves(xs)):
+        return inner_columns(jax.tree.map(lambda *leaves: jnp.stack(leaves), *xs), ys)
+    columns = [inner_columns(jax.tree.map(lambda leaf: leaf[None], x), ys) for x in xs]
+    return jnp.concatenate(columns)
+
+
+def _products(ci: Array, xi: Array, dtype: Any) -> Float[Array, "m k"]:
+    """`Re <ci_i, xi_j>`, as contractions, which run quicker than sums."""
+    ci, xi = widen(ci, dtype), widen(xi, dtype)
+    pairs = [(ci.real, xi.real), (ci.imag, xi.imag)] if jnp.iscomplexobj(ci) else [(ci, xi)]
+    axes = tuple(range(1, ci.ndim))
+    dims = ((axes, axes), ((), ()))
+    return functools.reduce(
+        jnp.add, [lax.dot_general(c, v, dims, precision="highest") for c, v in pairs]
+    )
 
 
 def explicitly_sharded(x: Array) -> bool:
     return any(axis is not None for axis in jax.typeof(x).sharding.spec)
 
 
-def combine_columns(columns: PyTree, weights: Float[Array, "m k"]) -> PyTree:
-    """`sum_i weights_ij column_i` for every `j`, stacked, every leaf in its own dtype."""
+def combine_columns(columns: PyTree, weights: Float[Array, "m k"]) -> list[PyTree]:
+    """`sum_i weights_ij column_i` for every `j`, every leaf in its own dtype."""
 
-    def leaf(ci: Array) -> Array:
+    def leaf(ci: Array) -> list[Array]:
         wide = widen(ci, weights.dtype)
         dims = (((0,), (0,)), ((), ()))
         combined = lax.dot_general(weights.astype(wide.dtype), wide, dims, precision="highest")
-        return combined.astype(ci.dtype)
+        return list(combined.astype(ci.dtype))
 
-    return jax.tree.map(leaf, columns)
+    leaves, treedef = jax.tree.flatten(columns)
+    return [treedef.unflatten(c) for c in zip(*map(leaf, leaves), strict=True)]
 
 
 def size(tree: PyTree) -> int:

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Bool, Float, Int
 
-from .._packing import SMALL
+from .._tree import SMALL
 
 # The residual must be a tenth of the tolerance, or round-off.
 TENTH = 0.1

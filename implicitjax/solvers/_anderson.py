@@ -29,7 +29,7 @@ class AndersonState(eqx.Module):
     - `residual`: the norm of `r` in those units.
     - `V`: orthonormal combinations of the last differences of residuals, stacked along the
       first axis of each leaf.
-    - `P`: the same combinations of the differences of iterates.
+    - `U`: the same combinations of `dx + d dr`, with the differences of iterates.
     - `active`: which of the `m` columns are in use.
     - `plain`: how many plain steps are still to be taken; `patience`: how many there will be
       the next time; `failed_at`: the residual at which they began.
@@ -41,7 +41,7 @@ class AndersonState(eqx.Module):
     r: Iterate
     residual: Float[Array, ""]
     V: Iterate
-    P: Iterate
+    U: Iterate
     active: Bool[Array, " m"]
     plain: Int[Array, ""]
     patience: Int[Array, ""]
@@ -58,9 +58,9 @@ class Anderson(AbstractSolver):
 
     (Anderson, 1965; in this form Fang and Saad, *Numer. Linear Algebra Appl.* 16, 2009,
     equation 24, and Walker and Ni, *SIAM J. Numer. Anal.* 49, 2011, equation 2.2). Here the
-    columns are orthonormalised as they come, `dR = V T`, `P = dX T^-1`, so that
+    columns are orthonormalised as they come, `dR = V T`, `U = (dX + d dR) T^-1`, so that
 
-        g = V^T r,                      x <- x + d (r - V g) - P g
+        g = V^T r,                      x <- x + d r - U g
 
     with the least-squares problem perfectly conditioned and no system to solve. While the
     window holds all differences this is Anderson's step. When it is full, the oldest
@@ -109,7 +109,7 @@ class Anderson(AbstractSolver):
             r=zeros,
             residual=nothing,
             V=columns,
-            P=columns,
+            U=columns,
             active=jnp.zeros((m,), bool),
             plain=none,
             patience=none + 1,
@@ -119,7 +119,7 @@ class Anderson(AbstractSolver):
     def step(
         self, f: Map, x: Iterate, fx: Iterate, state: AndersonState
     ) -> tuple[Iterate, AndersonState]:
-        """`x + d (r - V g) - P g` with `g = V^T r`."""
+        """`x + d r - U g` with `g = V^T r`."""
         unit = _tree.where(state.count > 1, state.unit, self._sizes(_tree.stop_gradient(x)))
         scale = [ui.astype(xi.dtype) for xi, ui in zip(x, unit, strict=True)]
         raw, started = _tree.sub(fx, x), state.count > 0
@@ -127,30 +127,29 @@ class Anderson(AbstractSolver):
             [vi / si for vi, si in zip(v, scale, strict=True)]
             for v in (raw, _tree.sub(raw, state.r), _tree.sub(x, state.x))
         )
+        du = _tree.axpy(self.damping, dr, dx)
 
         # What the window, but for the slot that is due, has of the last difference and of r.
         m = state.active.shape[0]
         slot = lax.rem(state.count + (m - 1), jnp.int32(m))
         here = lax.iota(jnp.int32, m) == slot
         others = state.active & ~here
-        both = [jnp.stack(pair) for pair in zip(dr, r, strict=True)]
-        products = _tree.inner_columns(state.V, both)
+        products = _tree.inner_columns(state.V, [dr, r])
         products = jnp.where(others[:, None], products, 0)
-        V, P = (_tree.combine_columns(columns, products) for columns in (state.V, state.P))
+        (V_h,) = _tree.combine_columns(state.V, products[:, :1])
+        U_h, U_g = _tree.combine_columns(state.U, products)
 
         # The new column: what of the difference is new.
-        v, p = _tree.sub(dr, [Vi[0] for Vi in V]), _tree.sub(dx, [Pi[0] for Pi in P])
-        (whole, along), (_, squared) = _tree.inner_columns(both, both)
-        new, part = _tree.inner_columns(
-            [vi[None] for vi in v], [jnp.stack(pair) for pair in zip(v, r, strict=True)]
-        )[0]
+        v, u = _tree.sub(dr, V_h), _tree.sub(du, U_h)
+        (whole, along), (_, squared) = _tree.inner_rows([dr, r], [dr, r])
+        ((new, part),) = _tree.inner_rows([v], [v, r])
         residual, whole, new = _root(squared), _root(whole), _root(new)
         anew = (new <= _NEW * whole) | (residual > _GREW * state.residual)
-        v, p = _tree.where(anew, (dr, dx), (v, p))
+        v, u = _tree.where(anew, (dr, du), (v, u))
         length, part = lax.select(anew, whole, new), lax.select(anew, along, part)
         usable = started & (length > 0)
         shorten = lax.select(usable, 1 / _or_one(length), jnp.zeros_like(length))
-        v, p = _times(shorten, v), _times(shorten, p)
+        v, u = _times(shorten, v), _times(shorten, u)
 
         # Plain steps after an extrapolation that failed, until they too lead away.
         failed = started & (state.plain == 0) & (residual > _WORSE * state.residual)
@@ -163,10 +162,9 @@ class Anderson(AbstractSolver):
         old = extrapolate * (1 - anew.astype(length.dtype))
         g = extrapolate * shorten * part
         out = []
-        for xi, ri, vi, pi, Vi, Pi, si in zip(x, r, v, p, V, P, scale, strict=True):
+        for xi, ri, ui, Ui, si in zip(x, r, u, U_g, scale, strict=True):
             g_i, old_i, d = (jnp.asarray(a).astype(xi.dtype) for a in (g, old, self.damping))
-            towards = ri - old_i * Vi[1] - g_i * vi
-            out.append(xi + si * (d * towards - old_i * Pi[1] - g_i * pi))
+            out.append(xi + si * (d * ri - old_i * Ui - g_i * ui))
         put = lambda columns, column: [
             lax.dynamic_update_index_in_dim(ci, vi, slot, 0)
             for ci, vi in zip(columns, column, strict=True)
@@ -178,7 +176,7 @@ class Anderson(AbstractSolver):
             r=raw,
             residual=residual,
             V=put(state.V, v),
-            P=put(state.P, p),
+            U=put(state.U, u),
             active=(here & usable) | (others & ~anew),
             plain=jnp.maximum(plain - 1, 0),
             patience=lax.select(failed, doubled, state.patience),
