@@ -8,6 +8,8 @@ Let `x*(θ)` solve `x = F(θ, x)`. With `J = ∂F/∂x` and `B = ∂F/∂θ` at 
 
 (implicit function theorem: Dini, 1878; Krantz and Parks, 2002). Neither the guess nor
 the way to the solution enters: one linear solve, and no memory of the iterations.
+
+A derivative with respect to the guess is zero where `A` is regular; `guess` says where it is not.
 """
 
 from collections.abc import Callable
@@ -16,16 +18,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.custom_derivatives import SymbolicZero
+from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
 from jaxtyping import PyTree
 
-from ._tree import sub
+from ._guess import Guess
+from ._tree import axpy, sub
 
 Vector = list[Array]
 LinearSolve = Callable[[Callable[[Vector], Vector], Vector, PyTree], Vector]
 
 
-def by_jvp(F: Callable, solve: Callable, linear_solve: LinearSolve, mark: Callable) -> Callable:
+def by_jvp(
+    F: Callable, solve: Callable, linear_solve: LinearSolve, mark: Callable, guess: Guess
+) -> Callable:
     """`x*(θ)` with the forward rule. Its tangent is a linear solve that JAX can transpose,
     so that this one rule serves forward mode, reverse mode, and both to any order.
 
@@ -33,42 +38,57 @@ def by_jvp(F: Callable, solve: Callable, linear_solve: LinearSolve, mark: Callab
     """
 
     @jax.custom_jvp
-    def x_star(θ: Vector, fixed: PyTree) -> tuple[Vector, PyTree]:
-        return solve(θ, fixed)
+    def x_star(θ: Vector, x0: Vector, fixed: PyTree) -> tuple[Vector, PyTree]:
+        return solve(θ, x0, fixed)
 
     def rule(primals: tuple, tangents: tuple) -> tuple:
-        (θ, fixed), (θ_dot, _) = primals, tangents
-        x, outcome = x_star(θ, fixed)
+        (θ, x0, fixed), (θ_dot, x0_dot, _) = primals, tangents
+        x, outcome = x_star(θ, x0, fixed)
         moving = [not isinstance(t, SymbolicZero) for t in θ_dot]
-        B = _pushforward(lambda part: F(_merge(moving, part, θ), x), _pick(moving, θ))
         J = _linearize(lambda x: F(θ, x), x)
-        θ_dot = mark(_pick(moving, θ_dot), outcome)
-        b = lax.optimization_barrier(B(θ_dot))  # one linear map: all leaves of b move
-        x_dot = linear_solve(lambda v: sub(v, J(v)), b, outcome)
+        x_dot = None
+        if any(moving):
+            B = _pushforward(lambda part: F(_merge(moving, part, θ), x), _pick(moving, θ))
+            θ_dot = mark(_pick(moving, θ_dot), outcome)
+            b = lax.optimization_barrier(B(θ_dot))  # one linear map: all leaves of b move
+            x_dot = linear_solve(lambda v: sub(v, J(v)), b, outcome)
+        if x_dot is None or any(not isinstance(t, SymbolicZero) for t in x0_dot):
+            decided = guess.decided(J, lax.stop_gradient(x))
+            by_guess = guess.tangent(decided, outcome, [_instantiate(t) for t in x0_dot])
+            x_dot = by_guess if x_dot is None else axpy(1, x_dot, by_guess)
         return (x, outcome), (x_dot, jax.tree.map(_no_tangent, outcome))
 
     x_star.defjvp(rule, symbolic_zeros=True)
     return x_star
 
 
-def by_vjp(F: Callable, solve: Callable, linear_solve: LinearSolve) -> Callable:
+def by_vjp(F: Callable, solve: Callable, linear_solve: LinearSolve, guess: Guess) -> Callable:
     """`x*(θ)` with the reverse rule, which needs nothing of `F` but its pullback."""
 
     @jax.custom_vjp
-    def x_star(θ: Vector, fixed: PyTree) -> tuple[Vector, PyTree]:
-        return solve(θ, fixed)
+    def x_star(θ: Vector, x0: Vector, fixed: PyTree) -> tuple[Vector, PyTree]:
+        return solve(θ, x0, fixed)
 
-    def forward(θ: Vector, fixed: PyTree) -> tuple:
-        x, outcome = x_star(θ, fixed)
-        return (x, outcome), (θ, x, outcome)
+    def forward(*primals: PyTree) -> tuple:
+        θ, x0, fixed = jax.tree.map(lambda p: p.value, primals, is_leaf=_is_primal)
+        x, outcome = x_star(θ, x0, fixed)
+        decided = None
+        if any(p.perturbed for p in primals[1]):
+            decided = guess.decided(_double_transpose(lambda x: F(θ, x), x), x)
+        return (x, outcome), (θ, x, outcome, decided)
 
     def backward(residuals: tuple, cotangents: tuple) -> tuple:
-        (θ, x, outcome), (x_bar, _) = residuals, cotangents
+        (θ, x, outcome, decided), (x_bar, _) = residuals, cotangents
+        x_bar = [_instantiate(t) for t in x_bar]
         _, pull = jax.vjp(F, θ, x)  # u ↦ (Bᵀ u, Jᵀ u)
         u = linear_solve(lambda u: sub(u, pull(u)[1]), x_bar, outcome)
-        return pull(u)[0], None
+        x0_bar = None
+        if decided is not None:
+            tangent = lambda x0_dot: guess.tangent(decided, outcome, x0_dot)
+            (x0_bar,) = jax.linear_transpose(tangent, x)(x_bar)
+        return pull(u)[0], x0_bar, None
 
-    x_star.defvjp(forward, backward)
+    x_star.defvjp(forward, backward, symbolic_zeros=True)
     return x_star
 
 
@@ -85,6 +105,21 @@ def _linearize(f: Callable, x: Vector) -> Callable[[Vector], Vector]:
         return jax.linearize(f, x)[1]
     except (ValueError, NotImplementedError):
         return _pushforward(f, x)
+
+
+def _double_transpose(f: Callable, x: Vector) -> Callable[[Vector], Vector]:
+    """`v ↦ ∂f/∂x v`, from pullbacks alone."""
+    _, pull = jax.vjp(f, x)
+    return lambda v: jax.linear_transpose(lambda u: pull(u)[0], x)(v)[0]
+
+
+def _is_primal(x: Any) -> bool:
+    return isinstance(x, CustomVJPPrimal)
+
+
+def _instantiate(t: Any) -> Array:
+    zero: Any = t
+    return jnp.zeros(zero.shape, zero.dtype) if isinstance(t, SymbolicZero) else t
 
 
 def _pick(chosen: list[bool], leaves: Vector) -> Vector:

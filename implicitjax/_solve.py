@@ -16,6 +16,7 @@ from . import _tree
 from ._adjoint import ImplicitAdjoint, UnrolledAdjoint
 from ._configuration import Configuration
 from ._failures import mark_failed, poison
+from ._guess import Guess
 from ._implicit import by_jvp, by_vjp
 from ._loop import CONVERGED, iterate, nothing_to_solve, Outcome, Tolerances
 from ._packing import packing
@@ -35,6 +36,8 @@ def solve(
     """
     roles, state = problem.roles, problem.state
     inputs = [jnp.asarray(a, d) for a, d in zip(inputs, problem.dtypes, strict=True)]
+    for i in roles.stopped:
+        inputs[state[i]] = jax.lax.stop_gradient(inputs[state[i]])
     evaluate_levels(problem, roles.sources, inputs)
 
     unknown = [state[i] for i in roles.feedback]
@@ -87,17 +90,29 @@ def _fixed_point(
     theta, leaves = [inputs[i] for i in parameters], [inputs[i] for i in unknown]
     packed = packing(leaves)
 
+    # Carried entries are parameters too: their values are those of the guess.
+    masks = {k: m for k, m in enumerate(problem.carried_entries(inputs)) if m is not None}
+    theta += [*masks.values(), *(leaves[k] for k in masks)]
+
+    def hand_on(x: list, carried: list) -> list:
+        masks_and_values = zip(masks, carried[: len(masks)], carried[len(masks) :], strict=True)
+        out = dict(enumerate(x))
+        out.update({k: jax.lax.select(mask, c, x[k]) for k, mask, c in masks_and_values})
+        return list(out.values())
+
     def F(theta: list, x: list) -> list:
-        full = dict(zip((*parameters, *unknown), (*theta, *packed.unpack(x)), strict=True))
-        return packed.pack(program([full[i] for i in range(len(full))]))
+        theta, carried = theta[: len(parameters)], theta[len(parameters) :]
+        x = hand_on(packed.unpack(x), carried)
+        full = dict(zip((*parameters, *unknown), (*theta, *x), strict=True))
+        return packed.pack(hand_on(program([full[i] for i in range(len(full))]), carried))
 
     position = {leaf: k for k, leaf in enumerate(roles.feedback)}
     coarsest = tuple(_tree.epsilon([leaves[position[i]] for i in r]) for r in roles.reads)
     solver, adjoint = configuration.rebuild(methods)
     solver = solver.arrange(packed)
 
-    def find(theta: list, fixed: PyTree) -> tuple[list, Outcome]:
-        x0, solver, (rtol, atol) = eqx.combine(fixed, static)
+    def find(theta: list, x0: list, fixed: PyTree) -> tuple[list, Outcome]:
+        solver, (rtol, atol) = eqx.combine(fixed, static)
         scale = Tolerances(rtol, atol, coarsest, packed)
         x, outcome = iterate(lambda x: F(theta, x), x0, solver, scale, settings)
         if configuration.on_failure == "nan":
@@ -105,15 +120,19 @@ def _fixed_point(
             x = _tree.where(outcome.code != CONVERGED, x0, x)
         return x, outcome
 
-    fixed, static = eqx.partition((packed.pack(leaves), solver, tolerances), eqx.is_array)
+    fixed, static = eqx.partition((solver, tolerances), eqx.is_array)
     fixed = _tree.stop_gradient(fixed)
+    x0 = packed.pack(leaves)
     if isinstance(adjoint, UnrolledAdjoint):
-        x, outcome = find(theta, fixed)
+        x, outcome = find(theta, _tree.stop_gradient(x0), fixed)
         outcome = _tree.stop_gradient(outcome)
     else:
         assert isinstance(adjoint, ImplicitAdjoint)
-        x_star = _differentiable(F, find, adjoint, configuration, problem.pullback_only)
-        x, outcome = x_star(theta, fixed)
+        reads = tuple(tuple(position[j] for j in read) for read in roles.reads)
+        paths = tuple(problem.paths[i] for i in roles.feedback)
+        guess = Guess(packed, reads, paths, configuration.on_failure)
+        x_star = _differentiable(F, find, adjoint, configuration, problem.pullback_only, guess)
+        x, outcome = x_star(theta, x0, fixed)
     return packed.unpack(x), outcome
 
 
@@ -123,6 +142,7 @@ def _differentiable(
     adjoint: ImplicitAdjoint,
     configuration: Configuration,
     pullback_only: bool,
+    guess: Guess,
 ) -> Callable:
     """`find` with the rule of the theorem."""
     on_failure = configuration.on_failure
@@ -137,5 +157,5 @@ def _differentiable(
         return mark_failed(tangent, outcome.code != CONVERGED)
 
     if pullback_only or adjoint.rule == "vjp":
-        return by_vjp(F, find, linear_solve)
-    return by_jvp(F, find, linear_solve, mark)
+        return by_vjp(F, find, linear_solve, guess)
+    return by_jvp(F, find, linear_solve, mark, guess)

@@ -4,8 +4,10 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+from jax.core import Tracer
 from jaxtyping import PyTree
 
+from ._solve import evaluate_levels
 from ._trace import Leaf, Structure, trace
 
 
@@ -14,12 +16,16 @@ def structure(f: Callable[..., Any], x0: PyTree, *args: Any, has_aux: bool = Fal
 
     The map is traced once, not evaluated. A leaf of the state is
 
-    - *carried*: the map returns it as it came. It is a parameter; its gradient belongs to the
-      guess that holds it.
+    - *carried*: the map returns it as it came, value and derivative. It is a parameter; its
+      gradient belongs to the guess that holds it.
     - *feedback*: the map reads it again, directly or by way of others. Only these leaves are
       iterated, kept in histories, and solved for.
     - *source*: it follows from carried leaves and parameters alone, and the unknown reads it.
     - *output*: nothing that feeds back depends on it. It is computed once, at the end.
+
+    Of a leaf that feeds back, single entries may be carried, such as the edges of a grid in
+    `u.at[1:-1].set(...)`, or what lies within the bounds of `jnp.clip`. They are counted at the
+    guess, unless that is being traced.
 
     **Arguments**
 
@@ -51,8 +57,14 @@ def structure(f: Callable[..., Any], x0: PyTree, *args: Any, has_aux: bool = Fal
 
     ```
     """
-    problem, _ = trace(f, x0, args, has_aux)
-    known = {leaf.path: leaf for leaf in problem.table(problem.roles).leaves}
+    problem, inputs = trace(f, x0, args, has_aux)
+    table, counts = problem.table(problem.roles).leaves, {}
+    if problem.roles.mixed and not any(isinstance(a, Tracer) for a in inputs):
+        evaluate_levels(problem, problem.roles.sources, inputs)
+        masks = problem.carried_entries(inputs)
+        named = zip(problem.roles.feedback, masks, strict=True)
+        counts = {table[i].path: int(mask.sum()) for i, mask in named if mask is not None}
+    known = {leaf.path: leaf._replace(handed_on=counts.get(leaf.path, 0)) for leaf in table}
     leaves = []
     for path, _ in jax.tree_util.tree_flatten_with_path(x0)[0]:
         name = "x0" + jax.tree_util.keystr(path)

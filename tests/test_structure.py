@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import implicitjax as ij
+from implicitjax._trace import trace
 
 
 class Soil(eqx.Module):
@@ -265,6 +266,76 @@ def test_a_custom_derivative_of_the_identity_is_not_lost():
 
     table = ij.structure(f, {"a": jnp.asarray(1.0), "x": jnp.asarray(0.0)})
     assert {leaf.role for leaf in table.leaves} == {"feedback"}
+
+
+def test_an_integer_in_a_custom_call_depends_on_what_its_body_reads():
+    @jax.custom_jvp
+    def step(x, count):
+        return 0.5 * x, count + 1
+
+    step.defjvp(lambda p, t: (step(*p), (0.5 * t[0], t[1])))
+
+    def f(s):
+        x, _ = step(s["x"], 3)
+        _, count = step(s["x"], 4)
+        return {"x": x, "count": count}
+
+    x0 = {"x": jnp.asarray(1.0), "count": jnp.asarray(0)}
+    assert {leaf.role for leaf in ij.structure(f, x0).select("feedback")} == {"feedback"}
+    assert [leaf.role for leaf in ij.structure(f, x0).leaves] == ["output", "feedback"]
+
+
+def test_carried_entries_are_counted_at_the_guess():
+    def f(s):
+        u = s["u"].at[1:-1].set(0.25 * (s["u"][2:] + s["u"][:-2]) + s["k"][1])
+        return {"u": u, "k": jnp.clip(s["k"], 0.0, 1.0), "x": 0.5 * s["x"] + u.sum()}
+
+    x0 = {"u": jnp.ones(6), "k": jnp.asarray([0.5, 0.2, 1.5]), "x": jnp.asarray(0.0)}
+    table = ij.structure(f, x0)
+    assert {leaf.path: leaf.handed_on for leaf in table.leaves} == {
+        "x0['k']": 2,
+        "x0['u']": 2,
+        "x0['x']": 0,
+    }
+    text = str(table)
+    assert re.search(r"x0\['u'\] +float64\[6\] +feedback, group 2, 2 of 6 carried", text)
+    assert re.search(r"carried +0 of 3 leaves, +4 of 10 numbers", text)
+    assert re.search(r"feedback +3 of 3 leaves, +6 of 10 numbers", text)
+
+
+ORDINARY = {
+    "layer": lambda x: jnp.tanh(W @ x + 1),
+    "damped": lambda x: 0.5 * x + 0.5 * jnp.cos(x),
+    "positive": lambda x: jnp.maximum(W @ x + 1, 0.0),
+    "relu": lambda x: jax.nn.relu(W @ x + 1) - 0.1 * x,
+    "ring": lambda x: 0.3 * (jnp.roll(x, 1) + jnp.roll(x, -1)) + 1,
+    "shifted": lambda x: x - 0.1 * (W @ x - 1),
+    "padded": lambda x: jnp.pad(0.5 * jnp.sin(x[1:-1]), 1),
+}
+
+
+@pytest.mark.parametrize("how", ORDINARY)
+def test_of_an_ordinary_map_no_entry_is_asked_for(how):
+    problem, _ = trace(ORDINARY[how], jnp.ones(4), (), False)
+    assert problem.roles.feedback == (0,) and problem.roles.mixed == ()
+
+
+def test_carried_entries_cost_a_few_equations():
+    def count(f):
+        solve = lambda x0: ij.implicit_fixed_point(f, x0, on_failure="nan").value
+        total, stack = 0, [jax.make_jaxpr(solve)(jnp.ones(6)).jaxpr]
+        while stack:
+            for eqn in stack.pop().eqns:
+                total += 1
+                for value in eqn.params.values():
+                    for sub in value if isinstance(value, tuple) else (value,):
+                        stack.extend([sub.jaxpr] if isinstance(sub, jec.ClosedJaxpr) else [])
+        return total
+
+    sweep = lambda u: 0.5 * jnp.cos(u[1:-1])
+    grid = count(lambda u: u.at[1:-1].set(sweep(u)))
+    padded = count(lambda u: jnp.zeros(6).at[1:-1].set(sweep(u)))
+    assert grid - padded <= 30
 
 
 def test_sources_and_outputs_in_chains():

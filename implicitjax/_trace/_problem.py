@@ -12,9 +12,10 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.core import eval_jaxpr
 from jax.interpreters import partial_eval
-from jaxtyping import PyTree
+from jaxtyping import Bool, PyTree
 
 from ._call import Call, is_array, split_call, Static
+from ._entries import carried_entries
 from ._key import fingerprint
 from ._match import match
 from ._roles import assign_roles, dependencies, Roles
@@ -99,6 +100,19 @@ class Problem:
             aval: Any = self.jaxpr.invars[position].aval
             leaves.append(Leaf(path, aval.shape, aval.dtype, roles.roles[i], group.get(i)))
         return Structure(tuple(leaves), len(roles.groups))
+
+    def carried_entries(self, inputs: Sequence[Any]) -> list[Bool[Array, "..."] | None]:
+        """For every leaf of the unknown which of its entries are carried, or `None` for none. The
+        inputs hold the guess.
+        """
+        feedback, mixed = self.roles.feedback, self.roles.mixed
+        if not mixed:
+            return [None] * len(feedback)
+        jaxpr, used = self._part(feedback)
+        place = {i: k for k, i in enumerate(i for i, u in enumerate(used) if u)}
+        read = [x for x, u in zip(inputs, used, strict=True) if u]
+        unknown = [place.get(self.state[i]) for i in feedback]
+        return carried_entries(jaxpr, read, unknown, [feedback.index(i) for i in mixed])
 
     @functools.cached_property
     def pullback_only(self) -> bool:

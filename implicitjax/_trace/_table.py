@@ -13,6 +13,8 @@ class Leaf(NamedTuple):
       no array.
     - `group`: for a leaf that feeds back the number of its strongly connected group, in an
       order in which the groups could be solved one after another; otherwise `None`.
+    - `handed_on`: for a leaf that feeds back how many of its entries are carried, such as the edges
+      of a grid.
     """
 
     path: str
@@ -20,6 +22,7 @@ class Leaf(NamedTuple):
     dtype: Any
     role: str
     group: int | None
+    handed_on: int = 0
 
     @property
     def size(self) -> int:
@@ -59,11 +62,14 @@ class Structure(NamedTuple):
         yield f"{'leaf':{width}}  {'array':{wide}}  role"
         for leaf, kind in zip(shown, kinds, strict=True):
             group = "" if leaf.group is None or self.num_groups == 1 else f", group {leaf.group}"
-            yield f"{leaf.path:{width}}  {kind:{wide}}  {leaf.role}{group}"
+            some = f", {leaf.handed_on} of {leaf.size} carried" if leaf.handed_on else ""
+            yield f"{leaf.path:{width}}  {kind:{wide}}  {leaf.role}{group}{some}"
         count, total = len(self.leaves), sum(leaf.size for leaf in self.leaves)
         for role in ("carried", "source", "feedback", "output"):
             chosen = self.select(role)
-            numbers = sum(leaf.size for leaf in chosen)
+            numbers = sum(leaf.size - leaf.handed_on for leaf in chosen)
+            if role == "carried":
+                numbers += sum(leaf.handed_on for leaf in self.leaves)
             yield f"{role:9} {len(chosen):5} of {count} leaves, {numbers:8} of {total} numbers"
         if self.num_groups > 1:
             yield (

@@ -1,0 +1,126 @@
+"""The derivative with respect to the guess of the unknown: zero where `A = I - J` is regular.
+
+Where row `i` of `J` is that of the identity, equation `i` is `x_i = x_i` to first order, and the
+guess has decided the value of `x_i`. If the trace has shown that the map hands that entry on, it
+is a parameter, see `_trace/_entries.py`, and `J` has no such row. Of the others no derivative is
+known, and zero would be wrong: it is NaN, or an exception, as `on_failure` has it.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+from jaxtyping import Bool
+
+from . import _tree
+from ._failures import first_failure, raise_if
+from ._loop import CONVERGED, Outcome
+from ._packing import Packing
+from ._solution import DerivativeError
+from .linear._base import probe
+
+Vector = list[Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Guess:
+    """What is known of the unknown's leaves without a number.
+
+    - `packed`: how they are packed; `reads`: for each leaf those that it depends on.
+    - `paths`: their paths; `on_failure`: as the user has it.
+    """
+
+    packed: Packing
+    reads: tuple[tuple[int, ...], ...]
+    paths: tuple[str, ...]
+    on_failure: str
+
+    def decided(self, J: Callable[[Vector], Vector], x: Vector) -> list[Bool[Array, "..."]]:
+        """Which entries the guess has decided: `(J p)_i = p_i` for vectors `p` without a pattern,
+        so many that this happens by chance nowhere.
+        """
+        to_reals, from_reals = _tree.as_reals(x)
+        sample = probe(to_reals(x))
+        tolerance = 4 * float(jnp.finfo(sample[0].dtype).eps)
+
+        def once(carry: tuple, _: None) -> tuple:
+            found, reals = carry
+            p = from_reals(reals)
+            pairs = zip(found, J(p), p, strict=True)
+            found = [f & (abs(Jp - pi) <= tolerance * abs(pi)) for f, Jp, pi in pairs]
+            return (found, [r * s for r, s in zip(reals, sample, strict=True)]), None
+
+        digits = min(jnp.finfo(leaf.dtype).nmant for leaf in x)
+        start = ([xi == xi for xi in x], sample)
+        return lax.scan(once, start, length=-(-40 // digits))[0][0]
+
+    def tangent(self, decided: list, outcome: Outcome, x0_dot: Vector) -> Vector:
+        """The tangent of the solution along that of the guess, and transposed: zero, where neither
+        an entry that the guess has decided moves, nor the solve has failed.
+        """
+        failed = outcome.code != CONVERGED
+        unknown = jnp.zeros((), bool) if self.on_failure == "return" else failed
+        decided = [d | unknown for d in decided]
+        of_leaf = self._any(decided)
+        n = len(self.reads)
+        reads = np.zeros((n, n), bool)
+        for i, read in enumerate(self.reads):
+            reads[i, list(read)] = True
+
+        def forward(_: Callable, b: Vector) -> Vector:
+            found = self._any([v != 0 for v in b])
+            return self._refuse(found, jnp.any(reads & found[None], axis=1), failed, b)
+
+        def transposed(_: Callable, b: Vector) -> Vector:
+            moved = self._any([v != 0 for v in b])
+            found = jnp.any(reads.T & moved[None], axis=1) & of_leaf
+            return self._refuse(found, found, failed, b)
+
+        moving = [jnp.where(d, t, 0).astype(t.dtype) for d, t in zip(decided, x0_dot, strict=True)]
+        moving = lax.optimization_barrier(moving)  # one linear map: all leaves move
+        return lax.custom_linear_solve(lambda v: v, moving, forward, transpose_solve=transposed)
+
+    def _any(self, flags: list) -> Bool[Array, " leaves"]:
+        return jnp.stack([jnp.any(leaf) for leaf in self.packed.unpack(flags)])
+
+    def _refuse(
+        self,
+        found: Bool[Array, " leaves"],
+        refused: Bool[Array, " leaves"],
+        failed: Array,
+        like: Vector,
+    ) -> Vector:
+        """NaN in some leaves, zero in the others; `found` are those that the guess has decided."""
+        if self.on_failure == "raise":
+            tell = jnp.any(found) & ~failed  # a failed solve has been reported
+            leaf = {"leaf": jnp.argmax(found)}
+            refused = refused | raise_if(tell, GuessFailure(self.paths), leaf)
+        leaves = zip(refused, self.packed.unpack(like), strict=True)
+        return self.packed.pack(
+            [jnp.where(no, jnp.nan, jnp.zeros_like(leaf)).astype(leaf.dtype) for no, leaf in leaves]
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class GuessFailure:
+    """Raises the error of a derivative that belongs to the guess; a value, so that programs compare
+    equal.
+    """
+
+    paths: tuple[str, ...]
+
+    def __call__(self, failed: Any, operands: dict[str, Any]) -> None:
+        """Called on the host with concrete numbers."""
+        info, lane = first_failure(failed, operands)
+        leaf = self.paths[int(info["leaf"])]
+        raise DerivativeError(
+            f"The derivative with respect to the guess is not known{lane}: at the solution some of "
+            f"the leaf {leaf} depends on nothing but itself, with the derivative 1, so the guess "
+            "has decided its value.\n"
+            "  (a) If that is a parameter, return it as it came, or pass it in `args`.\n"
+            "  (b) If its derivative is of no interest, pass `jax.lax.stop_gradient(x0)`.\n"
+            'Pass `on_failure="nan"` or "return" for NaN in its place.'
+        )
