@@ -16,7 +16,10 @@ from .linear import (
     LinearSolution,
     Neumann,
 )
-from .solvers import AbstractSolver, Anderson, Newton, Picard
+from .solvers._anderson import Anderson
+from .solvers._base import AbstractSolver
+from .solvers._newton import Newton
+from .solvers._picard import Picard
 
 __all__ = [
     "GMRES",

@@ -91,15 +91,22 @@ def public_error(error: Exception) -> Exception | None:
     return None
 
 
-def poison(failed: Bool[Array, ""], tree: PyTree) -> PyTree:
+def poison(failed: Bool[Array, ""], tree: PyTree, tie: bool = False) -> PyTree:
     """NaN in every inexact leaf of `tree` if `failed`, and in its derivatives.
 
     A tangent or cotangent of zero stays zero: the gradient of a lane that the loss masks
-    away is 0, not NaN.
+    away is 0, not NaN. With `tie` an integer becomes the least one and a boolean false, so that
+    none of them can be had without the check on which `failed` depends.
     """
-    return jax.tree.map(
-        lambda x: _poison(failed, x) if jnp.issubdtype(x.dtype, jnp.inexact) else x, tree
-    )
+
+    def leaf(x: Array) -> Array:
+        if jnp.issubdtype(x.dtype, jnp.inexact):
+            return _poison(failed, x)
+        if tie and jnp.issubdtype(x.dtype, jnp.integer):
+            return lax.select(failed, jnp.full_like(x, jnp.iinfo(x.dtype).min), x)
+        return x & ~failed if tie and x.dtype == bool else x
+
+    return jax.tree.map(leaf, tree)
 
 
 @jax.custom_jvp
@@ -110,6 +117,21 @@ def _poison(failed: Bool[Array, ""], x: Array) -> Array:
 @_poison.defjvp
 def _(primals: tuple, tangents: tuple) -> tuple[Array, Array]:
     return _poison(*primals), mark_failed([tangents[1]], primals[0])[0]
+
+
+@jax.custom_jvp
+def poison_derivative(failed: Bool[Array, ""], x: list, theta: list) -> list:
+    """`x`, whose derivative in `theta` is NaN if `failed`, also where it would be zero."""
+    return x
+
+
+@poison_derivative.defjvp
+def _(primals: tuple, tangents: tuple) -> tuple[list, list]:
+    (failed, x, theta), (_, x_dot, theta_dot) = primals, tangents
+    moving = [t for t in theta_dot if t.dtype != jax.dtypes.float0]
+    marks = [m - t for m, t in zip(mark_failed(moving, failed), moving, strict=True)]
+    mark = sum(jnp.sum(jnp.real(m)) for m in marks)
+    return poison_derivative(failed, x, theta), [t + mark.astype(t.dtype) for t in x_dot]
 
 
 def mark_failed(tangent: list, failed: Bool[Array, ""]) -> list:

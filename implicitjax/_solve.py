@@ -15,7 +15,7 @@ from jaxtyping import PyTree
 from . import _tree
 from ._adjoint import ImplicitAdjoint, UnrolledAdjoint
 from ._configuration import Configuration
-from ._failures import mark_failed, poison
+from ._failures import mark_failed, poison, poison_derivative
 from ._guess import Guess
 from ._implicit import by_jvp, by_vjp
 from ._loop import CONVERGED, iterate, nothing_to_solve, Outcome, Tolerances
@@ -116,7 +116,7 @@ def _fixed_point(
         scale = Tolerances(rtol, atol, coarsest, packed)
         x, outcome = iterate(lambda x: F(theta, x), x0, solver, scale, settings)
         if configuration.on_failure == "nan":
-            # A point at which derivatives can be taken, though nothing is made of them.
+            # A point at which the rule can take derivatives, though nothing is made of them.
             x = _tree.where(outcome.code != CONVERGED, x0, x)
         return x, outcome
 
@@ -126,6 +126,8 @@ def _fixed_point(
     if isinstance(adjoint, UnrolledAdjoint):
         x, outcome = find(theta, _tree.stop_gradient(x0), fixed)
         outcome = _tree.stop_gradient(outcome)
+        if configuration.on_failure != "return":
+            x = poison_derivative(outcome.code != CONVERGED, x, theta)
     else:
         assert isinstance(adjoint, ImplicitAdjoint)
         reads = tuple(tuple(position[j] for j in read) for read in roles.reads)

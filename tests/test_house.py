@@ -22,9 +22,14 @@ FLOORS = [
     "_packing",
     "_solution",
     "_failures",
-    "linear",
-    "solvers",
+    "solvers/__init__",
+    "solvers/_base",
+    "solvers/_picard",
+    "solvers/_anderson",
     "_loop",
+    "linear",
+    "_guess",
+    "solvers/_newton",
     "_trace",
     "_implicit",
     "_adjoint",
@@ -39,7 +44,9 @@ FLOORS = [
 
 
 def floor(path: Path) -> str:
-    return path.relative_to(ROOT).parts[0].removesuffix(".py")
+    """A file by itself, a folder as a whole; the files of `solvers` stand on several floors."""
+    name = str(path.relative_to(ROOT)).removesuffix(".py")
+    return name if name in FLOORS else name.split("/")[0]
 
 
 def imports(path: Path) -> set[str]:
@@ -52,7 +59,8 @@ def imports(path: Path) -> set[str]:
             names = [*base, *(node.module or "").split(".")]
             if names[0] == "implicitjax":
                 below = [n for n in names[1:] if n]
-                found |= {below[0]} if below else {alias.name for alias in node.names}
+                several = [[*below, alias.name] for alias in node.names]
+                found |= {floor(ROOT.joinpath(*n[:2])) for n in several}
         elif isinstance(node, ast.Import):
             found |= {"__init__" for a in node.names if a.name.split(".")[0] == "implicitjax"}
     return found

@@ -82,16 +82,22 @@ def test_the_condition_number_is_estimated():
     assert 1e3 < krylov.condition < 1e8
 
 
-def test_the_automatic_choice_is_by_size():
-    def jaxpr(n):
-        return str(
-            jax.make_jaxpr(lambda b: ij.AutoLinearSolver().solve(lambda v: [0.5 * v[0]], [b]))(
-                jnp.ones(n)
-            )
-        )
-
-    assert "f64[512,512]" in jaxpr(512)
-    assert "f64[513,513]" not in jaxpr(513)
+@pytest.mark.parametrize(
+    ("n", "batch", "dense"),
+    [
+        *[(64, "nothing", True), (65, "nothing", False)],
+        *[(512, "b", True), (513, "b", False)],
+        *[(4, "A", False), (4, "both", False)],
+    ],
+)
+def test_the_automatic_choice_is_by_size_and_by_batch(n, batch, dense):
+    solve = lambda a, b: ij.AutoLinearSolver().solve(lambda v: [a * v[0]], [b]).value[0]
+    axes = {"nothing": (None, None), "b": (None, 0), "A": (0, None), "both": (0, 0)}[batch]
+    if batch != "nothing":
+        solve = jax.vmap(solve, axes)
+    args = [jnp.ones(n if axis is None else (3, n)) for axis in axes]
+    text = jax.jit(solve).lower(*args).as_text()
+    assert ("getrf" in text) is dense
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e30])

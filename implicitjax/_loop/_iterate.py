@@ -13,7 +13,7 @@ from jax import Array, lax
 from jaxtyping import Bool, Float, Int
 
 from .. import _tree
-from ..solvers import AbstractSolver
+from ..solvers._base import AbstractSolver
 from . import _number, _watch
 from ._finish import finish
 from ._number import Measured, Seen

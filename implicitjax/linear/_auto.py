@@ -1,20 +1,38 @@
-"""The default: the method is chosen by the size of the unknown."""
+"""The default: the method is chosen by the size of the unknown, and whether it is batched."""
+
+import functools
+
+import jax.numpy as jnp
+from jax import lax
 
 from .._check import positive_int
 from .._tree import explicitly_sharded, size
-from ._base import AbstractLinearSolver, LinearSolution, Operator, Vector
-from ._dense import DenseLU
-from ._gmres import GMRES
+from ._base import default_rtol, Iterative, LinearSolution, Operator, Vector, with_auto_axes
+from ._bicgstab import products
+from ._bounded import bounded
+from ._by_batch import by_batch
+from ._dense import factorise
+
+# Up to so many unknowns a single right-hand side is solved densely.
+_SINGLE = 64
 
 
-class AutoLinearSolver(AbstractLinearSolver):
-    """`DenseLU()` up to `dense_limit` unknowns, `GMRES()` above.
+class AutoLinearSolver(Iterative):
+    """A dense factorisation where that is cheap, else the iteration that solves the value.
 
-    A factorisation of a few hundred unknowns costs less than the start-up of a Krylov
-    method and serves every right-hand side of a Jacobian or Hessian at once; its memory
-    grows as the square, its time as the cube. Shapes are static, so that the choice is
-    made when the program is compiled. A complex number counts as two unknowns. Unknowns that are
-    sharded over mesh axes of type `Explicit` are never gathered into a matrix: `GMRES()`.
+    - One right-hand side: `DenseLU()` up to 64 unknowns.
+    - Several right-hand sides with one matrix, as in a whole Jacobian: `DenseLU()` up to
+      `dense_limit` unknowns, since one factorisation serves them all.
+    - A batch of matrices, as of vmapped layers, and whatever is larger: `u = u + (b - A u)` by
+      Anderson's window, with the stop test of the loop, which bounds the error of `u`. Where the
+      window stalls, `BiCGStab` takes over, and the window confirms what it found.
+
+    Shapes are static, so that the choice is made when the program is compiled. A complex number
+    counts as two unknowns. Unknowns that are sharded over mesh axes of type `Explicit` are never
+    gathered into a matrix.
+
+    - `dense_limit`: unknowns up to which a matrix is factorised.
+    - `epsilon`: the round-off of products with `A`; set by the rule.
     """
 
     dense_limit: int = 512
@@ -24,6 +42,29 @@ class AutoLinearSolver(AbstractLinearSolver):
 
     def solve(self, A: Operator, b: Vector) -> LinearSolution:
         """Solves `A u = b`; `b` is a list of real arrays of any shapes."""
-        dense = size(b) <= self.dense_limit and not any(map(explicitly_sharded, b))
-        solver = DenseLU() if dense else GMRES()
-        return solver.solve(A, b)
+        free = functools.partial(matrix_free, epsilon=self.round_off(b))
+        dense = functools.partial(factorise, epsilon=self.round_off(b))
+        if any(map(explicitly_sharded, b)) or size(b) > self.dense_limit:
+            return free(A, b)
+        single = dense if size(b) <= min(_SINGLE, self.dense_limit) else free
+        return by_batch(A, b, single=single, shared=dense, batched=free)
+
+
+def matrix_free(A: Operator, b: Vector, epsilon: float) -> LinearSolution:
+    """`A u = b` by products alone."""
+
+    def attempt(carry: tuple) -> tuple:
+        k, out = carry
+        # A loop of one round at most is a conditional that vmap does not turn into a select.
+        take_over = lambda _: (jnp.zeros((), bool), krylov())
+        _, start = lax.while_loop(lambda c: c[0], take_over, (k == 1, out.value))
+        return k + 1, bounded(A, b, start, epsilon, max_steps=limit)
+
+    def krylov() -> Vector:
+        return with_auto_axes(functools.partial(products, rtol=rtol, max_steps=limit), A, b)
+
+    rtol, limit = default_rtol(b[0].dtype), min(10 * size(b), 1000)
+    zero = jnp.zeros((), b[0].dtype)
+    nothing = LinearSolution(b, zero, zero, zero, jnp.zeros((), bool))
+    unfinished = lambda carry: ~carry[1].trusted & (carry[0] < 2)
+    return lax.while_loop(unfinished, attempt, (jnp.zeros((), jnp.int32), nothing))[1]

@@ -1,6 +1,7 @@
 """What a linear solver is: `(A, b) -> u` together with a measured residual."""
 
 import abc
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any
@@ -45,18 +46,48 @@ class AbstractLinearSolver(eqx.Module):
     `A` is singular, but return what it has with the residual measured.
     """
 
+    def at_precision(self, epsilon: float) -> "AbstractLinearSolver":
+        """The same method, where products with `A` have the round-off `epsilon`."""
+        return self
+
     @abc.abstractmethod
     def solve(self, A: Operator, b: Vector) -> LinearSolution:
         """Returns `u` with `A u = b`, and the residual that it leaves."""
 
 
-def scaled_solve(solver: AbstractLinearSolver, A: Operator, b: Vector) -> LinearSolution:
+class Iterative(AbstractLinearSolver):
+    """A method that knows how precise products with `A` are.
+
+    - `epsilon`: the round-off of products with `A`, `None` for that of the dtype; set by the rule.
+    """
+
+    epsilon: float | None = eqx.field(static=True, default=None, kw_only=True, repr=False)
+
+    def at_precision(self, epsilon: float) -> "Iterative":
+        """The same method, where products with `A` have the round-off `epsilon`."""
+        return dataclasses.replace(self, epsilon=epsilon)
+
+    def round_off(self, b: Vector) -> float:
+        """That of a product."""
+        own = float(jnp.finfo(b[0].dtype).eps)
+        return own if self.epsilon is None else max(own, self.epsilon)
+
+
+def scaled_solve(
+    solver: AbstractLinearSolver, A: Operator, b: Vector, epsilon: float
+) -> LinearSolution:
     """`solver.solve(A, b)` in units of the size of `b`, so that no square of it overflows or
     vanishes; for `b = 0` the solution is 0, whatever `A` is.
     """
     unit = robust_norm(rms_norm, b).astype(b[0].dtype)
     trivial = all_zero(b)
-    out = solver.solve(A, [leaf / jnp.where(trivial, 1.0, unit) for leaf in b])
+
+    def operator(v: Vector) -> Vector:
+        """`A`, or the identity where nothing is to be solved, so that no time is lost there."""
+        return [jnp.where(trivial, vi, Av) for vi, Av in zip(v, A(v), strict=True)]
+
+    scaled = [jnp.where(trivial, 1.0, leaf / jnp.where(trivial, 1.0, unit)) for leaf in b]
+    out = solver.at_precision(epsilon).solve(operator, scaled)
     value = [jnp.where(trivial, 0.0, leaf * unit) for leaf in out.value]
     return LinearSolution(value, out.residual, out.tolerance, out.condition, out.trusted | trivial)
 
@@ -99,26 +130,9 @@ def probe(like: Vector) -> Vector:
     return out
 
 
-def measured(A: Operator, b: Vector, u: Vector, tolerance: float) -> LinearSolution:
-    """Measures what `u` leaves of `b`, and bounds the condition number of `A` from below.
-
-    `|A| >= |A s| / |s|` for any vector `s`, and `|A^-1| >= |u| / |b|` for
-    `u = A^-1 b`, hence `cond(A) >= |A s| |u| / (|s| |b|)`. Beyond `eps^(-2/3)` round-off
-    alone, amplified so, may have cost two thirds of the digits, and `u` is not trusted
-    whatever its residual.
-    """
-    norm_b = jnp.sqrt(inner(b, b))
-    unit = jnp.where(norm_b > 0, norm_b, 1.0)
-    left, s = sub(b, A(u)), probe(b)
-    As = A(s)
-    residual = jnp.sqrt(inner(left, left)) / unit
-    gain = jnp.sqrt(inner(As, As) / inner(s, s))
-    condition = gain * jnp.sqrt(inner(u, u)) / unit
-    regular = condition <= float(jnp.finfo(unit.dtype).eps) ** (-2 / 3)
-    return LinearSolution(
-        value=u,
-        residual=residual,
-        tolerance=jnp.asarray(tolerance, unit.dtype),
-        condition=condition,
-        trusted=(residual <= tolerance) & regular if tolerance < math.inf else norm_b >= 0,
-    )
+def measured(A: Operator, b: Vector, u: Vector) -> LinearSolution:
+    """An approximation that was asked for, with what it leaves of `b`."""
+    left, size = sub(b, A(u)), jnp.sqrt(inner(b, b))
+    residual = jnp.sqrt(inner(left, left)) / jnp.where(size > 0, size, 1.0)
+    anything = jnp.full_like(residual, jnp.inf)
+    return LinearSolution(u, residual, anything, jnp.ones_like(residual), residual >= 0)

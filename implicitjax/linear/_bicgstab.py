@@ -1,30 +1,34 @@
 """The stabilised biconjugate gradient method, from JAX."""
 
+import functools
+
 import jax
 
 from .._check import nonnegative, positive_int
 from .._tree import size
 from ._base import (
-    AbstractLinearSolver,
     default_rtol,
+    Iterative,
     LinearSolution,
-    measured,
     Operator,
     Vector,
     with_auto_axes,
 )
+from ._bounded import judged
 
 
-class BiCGStab(AbstractLinearSolver):
+class BiCGStab(Iterative):
     """The stabilised biconjugate gradient method (van der Vorst, 1992).
 
     Keeps eight vectors whatever the number of steps, two products a step; less robust than
-    `GMRES`. The method is `jax.scipy.sparse.linalg.bicgstab`; its residual is measured.
+    `GMRES`. The method is `jax.scipy.sparse.linalg.bicgstab`; its error is measured, see
+    `judged`.
 
     - `rtol`: the relative residual to reach; `None` for `eps^(2/3)` of the dtype. The
-      result is trusted up to ten times that.
+      result is trusted if its error is within ten times that.
     - `max_steps`: steps at the most; `None` for ten a number of the unknown, 1000 at the
       most.
+    - `epsilon`: the round-off of products with `A`; set by the rule.
     """
 
     rtol: float | None = None
@@ -39,8 +43,11 @@ class BiCGStab(AbstractLinearSolver):
         rtol = default_rtol(b[0].dtype) if self.rtol is None else self.rtol
         max_steps = min(10 * size(b), 1000) if self.max_steps is None else self.max_steps
 
-        def solve(A: Operator, b: Vector) -> Vector:
-            return jax.scipy.sparse.linalg.bicgstab(A, b, tol=rtol, maxiter=max_steps)[0]
-
+        solve = functools.partial(products, rtol=rtol, max_steps=max_steps)
         u = with_auto_axes(solve, A, b)
-        return measured(A, b, u, 10 * rtol)
+        return judged(A, b, u, self.round_off(b), rtol)
+
+
+def products(A: Operator, b: Vector, rtol: float, max_steps: int) -> Vector:
+    """The method by itself."""
+    return jax.scipy.sparse.linalg.bicgstab(A, b, tol=rtol, maxiter=max_steps)[0]

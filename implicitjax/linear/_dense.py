@@ -1,11 +1,14 @@
 """Dense LU factorisation, for unknowns that are small."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 
-from ._base import AbstractLinearSolver, LinearSolution, Operator, probe, Vector
+from ._base import Iterative, LinearSolution, Operator, probe, Vector
+from ._by_batch import by_batch
 
 
 def materialise(A: Operator, like: Vector) -> Float[Array, "n n"]:
@@ -31,19 +34,24 @@ def _unravel(flat: Float[Array, " n"], like: Vector) -> Vector:
     return out
 
 
-class DenseLU(AbstractLinearSolver):
+class DenseLU(Iterative):
     """Forms `A`, factorises it with partial pivoting, refines once and measures the error.
 
     The measure is what two samples of a perturbation do, of one unit of round-off in every
-    entry of `A` and `b`: `A^-1 (s * g) eps` with random `s` and `g = |A| |u| + |b|`
-    (Skeel, 1979; Higham, *Accuracy and Stability of Numerical Algorithms*, 2002, section
-    7.2). It does not depend on the units of equations or unknowns. Where it says that fewer
-    than a third of the digits are left, `A` counts as singular and the solution of least
-    norm takes its place, with singular values below `eps^(2/3)` of the largest left out: a
-    system that is singular but consistent, as one with a gauge freedom, is solved so; one
-    that is not shows a residual.
+    entry of `I`, of `I - A` and of `b`: `A^-1 (s * g) eps` with random `s` and
+    `g = (I + |I - A|) |u| + |b|` (Skeel, 1979; Higham, *Accuracy and Stability of Numerical
+    Algorithms*, 2002, section 7.2). It does not depend on the units of equations or unknowns. Where
+    it says that fewer than a third of the digits are left, `A` counts as singular. The one singular
+    system that is solved is one with a gauge freedom: when its equations and unknowns are scaled,
+    some singular values are round-off, `sigma <= n eps sigma_max`, the right-hand side has nothing
+    but round-off along them, and the rest of `A` is regular. Its solution is that of least norm in
+    the scaled unknowns. Everything between is not trusted.
 
-    Costs `n` products, `n^2` numbers and `2/3 n^3` operations for `n` unknowns.
+    Costs `n` products, `n^2` numbers and `2/3 n^3` operations for `n` unknowns. On a CPU the
+    matrices of a batch are factorised one after another: XLA runs the factorisations of a batch in
+    a pool of threads in which they may wait for each other without end.
+
+    - `epsilon`: the round-off of products with `A`; set by the rule.
 
     ```python
     >>> import jax.numpy as jnp, implicitjax as ij
@@ -57,42 +65,59 @@ class DenseLU(AbstractLinearSolver):
 
     def solve(self, A: Operator, b: Vector) -> LinearSolution:
         """Solves `A u = b`; `b` is a list of real arrays with `n` entries in all."""
-        matrix, rhs = materialise(A, b), _ravel(b)
-        eps = float(jnp.finfo(rhs.dtype).eps)
-        factors = jax.scipy.linalg.lu_factor(matrix)
-        u = jax.scipy.linalg.lu_solve(factors, rhs)
-        g = eps * (jnp.abs(matrix) @ jnp.abs(u) + jnp.abs(rhs))
-        s = probe([rhs, rhs])
-        samples = jnp.stack([rhs - matrix @ u, s[0] * g, s[1] * g], axis=1)
-        correction, *errors = jax.scipy.linalg.lu_solve(factors, samples).T
-        norm_u, error = jnp.linalg.norm(u), jnp.linalg.norm(jnp.stack(errors))
-        digits_lost = error / jnp.where(norm_u > 0, norm_u, 1.0)
-        singular = ~(digits_lost <= eps ** (1 / 3))
-
-        # A loop of one round at most serves as the conditional, since under vmap it is
-        # entered only if a lane needs it, where `lax.cond` would compute both branches.
-        def least_norm(carry: tuple) -> tuple:
-            return _least_norm(matrix, rhs, eps ** (2 / 3)), jnp.zeros_like(singular)
-
-        start = (u + correction, singular & jnp.all(jnp.isfinite(matrix)))
-        u, _ = lax.while_loop(lambda carry: carry[1], least_norm, start)
-        norm_b = jnp.linalg.norm(rhs)
-        residual = jnp.linalg.norm(rhs - matrix @ u) / jnp.where(norm_b > 0, norm_b, 1.0)
-        tolerance = jnp.where(singular, eps ** (1 / 2), eps ** (1 / 3)).astype(rhs.dtype)
-        return LinearSolution(
-            value=_unravel(u, b),
-            residual=residual,
-            tolerance=tolerance,
-            condition=jnp.where(singular, 1.0, digits_lost) / eps,
-            trusted=residual <= tolerance,
-        )
+        dense = functools.partial(factorise, epsilon=self.round_off(b))
+        return by_batch(A, b, single=dense, shared=dense, batched=dense, in_turn=True)
 
 
-def _least_norm(
-    matrix: Float[Array, "n n"], rhs: Float[Array, " n"], rcond: float
-) -> Float[Array, " n"]:
-    """The least-squares solution of least norm, by the singular value decomposition."""
-    left, values, right = jnp.linalg.svd(matrix)
-    kept = values > rcond * values[0]
-    inverse = jnp.where(kept, 1 / jnp.where(kept, values, 1.0), 0.0)
-    return right.T @ (inverse * (left.T @ rhs))
+def factorise(A: Operator, b: Vector, epsilon: float) -> LinearSolution:
+    """`A u = b` by a factorisation. Each call of LAPACK needs the result of the one before."""
+    matrix, rhs = materialise(A, b), _ravel(b)
+    n, digits = rhs.size, epsilon ** (1 / 3)
+    factors = jax.scipy.linalg.lu_factor(matrix)
+    u = jax.scipy.linalg.lu_solve(factors, rhs)
+    # `A = I - J` may have cancelled what its entries were formed with.
+    formed = jnp.eye(n, dtype=rhs.dtype) + jnp.abs(jnp.eye(n, dtype=rhs.dtype) - matrix)
+    g = epsilon * (formed @ jnp.abs(u) + jnp.abs(rhs))
+    s = probe([rhs, rhs])
+    samples = jnp.stack([rhs - matrix @ u, s[0] * g, s[1] * g], axis=1)
+    correction, *errors = jax.scipy.linalg.lu_solve(factors, samples).T
+    u = u + correction
+    norm_u, error = jnp.linalg.norm(u), jnp.linalg.norm(jnp.stack(errors))
+    lost = error / jnp.where(norm_u > 0, norm_u, 1.0)
+    regular = lost <= digits
+
+    # A loop of one round at most is a conditional that vmap does not turn into a select.
+    def gauge(_: tuple) -> tuple:
+        return jnp.zeros_like(regular), *_without_gauge(matrix, formed, rhs, epsilon)
+
+    start = (~regular & jnp.all(jnp.isfinite(matrix)), u, regular)
+    _, u, trusted = lax.while_loop(lambda carry: carry[0], gauge, start)
+    norm_b = jnp.linalg.norm(rhs)
+    residual = jnp.linalg.norm(rhs - matrix @ u) / jnp.where(norm_b > 0, norm_b, 1.0)
+    return LinearSolution(
+        value=_unravel(u, b),
+        residual=residual,
+        tolerance=jnp.full_like(residual, digits),
+        condition=lost / epsilon,
+        trusted=trusted & (residual <= digits),
+    )
+
+
+def _without_gauge(
+    matrix: Float[Array, "n n"],
+    formed: Float[Array, "n n"],
+    rhs: Float[Array, " n"],
+    epsilon: float,
+) -> tuple[Float[Array, " n"], Bool[Array, ""]]:
+    """The solution of least norm of a system with a gauge freedom, and whether it is one."""
+    rows = 1 / jnp.max(formed, axis=1)
+    columns = 1 / jnp.max(formed * rows[:, None], axis=0)
+    left, values, right = jnp.linalg.svd(matrix * rows[:, None] * columns[None])
+    along = left.T @ (rhs * rows)
+    round_off = rhs.size * epsilon
+    free = values <= round_off * values[0]
+    kept = jnp.where(free, values[0], values)
+    along_free = jnp.where(free, jnp.abs(along), 0.0)
+    consistent = jnp.max(along_free) <= round_off * jnp.linalg.norm(along)
+    u = columns * (right.T @ jnp.where(free, 0.0, along / kept))
+    return u, consistent & (jnp.min(kept) >= epsilon ** (2 / 3) * values[0])

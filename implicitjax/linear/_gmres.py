@@ -5,28 +5,30 @@ import jax
 from .._check import nonnegative, positive_int
 from .._tree import size
 from ._base import (
-    AbstractLinearSolver,
     default_rtol,
+    Iterative,
     LinearSolution,
-    measured,
     Operator,
     Vector,
     with_auto_axes,
 )
+from ._bounded import judged
 
 
-class GMRES(AbstractLinearSolver):
+class GMRES(Iterative):
     """The generalised minimal residual method, restarted (Saad and Schultz, 1986).
 
     Matrix-free: it needs products alone, keeps `restart` vectors, and works on the leaves
     as they lie, so that nothing is gathered on a mesh. The method is
-    `jax.scipy.sparse.linalg.gmres`; it reports no status, so its residual is measured.
+    `jax.scipy.sparse.linalg.gmres`; it reports no status, so its error is
+    measured, see `judged`.
 
     - `rtol`: the relative residual to reach; `None` for `eps^(2/3)` of the dtype. The
-      result is trusted up to ten times that.
+      result is trusted if its error is within ten times that.
     - `restart`: vectors kept before the method starts anew.
     - `max_steps`: products at the most; `None` for ten a number of the unknown, 1000 at
       the most.
+    - `epsilon`: the round-off of products with `A`; set by the rule.
     """
 
     rtol: float | None = None
@@ -56,4 +58,4 @@ class GMRES(AbstractLinearSolver):
             )[0]
 
         u = with_auto_axes(solve, A, b)
-        return measured(A, b, u, 10 * rtol)
+        return judged(A, b, u, self.round_off(b), rtol)

@@ -4,19 +4,19 @@ import sys
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
-from ._base import AbstractLinearSolver, LinearSolution, measured, Operator, Vector
+from ._base import AbstractLinearSolver, default_rtol, Iterative, LinearSolution, Operator, Vector
+from ._bounded import judged
 
 
-class Lineax(AbstractLinearSolver):
-    """Wraps a solver of Lineax (Rader, Lyons and Kidger, 2023); its residual is measured.
+class Lineax(Iterative):
+    """Wraps a solver of Lineax (Rader, Lyons and Kidger, 2023); its error is measured.
 
     - `solver`: a `lineax.AbstractLinearSolver` for square operators without further structure,
       such as `lineax.GMRES(...)` or `lineax.LU()`.
 
-    A solution is trusted up to ten times the tolerances of an iterative solver, and to a third
-    of the digits of a direct one.
+    A solution is trusted if its error is within ten times the `rtol` of an iterative solver, or
+    `eps^(2/3)` of a direct one.
     """
 
     solver: Any
@@ -28,10 +28,8 @@ class Lineax(AbstractLinearSolver):
         like = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in b]
         operator = lineax.FunctionLinearOperator(A, like)
         u = lineax.linear_solve(operator, b, self.solver, throw=False).value
-        digits = float(jnp.finfo(b[0].dtype).eps) ** (1 / 3)
-        asked = [getattr(self.solver, name, digits / 20) for name in ("rtol", "atol")]
-        tolerance = 10 * sum(asked)
-        return measured(A, b, u, tolerance)
+        rtol = getattr(self.solver, "rtol", default_rtol(b[0].dtype))
+        return judged(A, b, u, self.round_off(b), rtol)
 
 
 def as_linear_solver(solver: Any) -> AbstractLinearSolver:

@@ -1,23 +1,22 @@
 """The Neumann series: exact in the limit, an approximate gradient when truncated."""
 
-import math
-
 import jax.numpy as jnp
 from jax import lax
 
 from .._check import damping_factor, nonnegative, positive_int
 from .._tree import axpy, inner, sub
 from ._base import (
-    AbstractLinearSolver,
     default_rtol,
+    Iterative,
     LinearSolution,
     measured,
     Operator,
     Vector,
 )
+from ._bounded import judged
 
 
-class Neumann(AbstractLinearSolver):
+class Neumann(Iterative):
     """The damped Neumann series `u = sum_k d (I - d A)^k b`.
 
     With `A = I - J` and `d = 1` it is `u = sum_k J^k b`, which is the backward pass of a
@@ -32,6 +31,7 @@ class Neumann(AbstractLinearSolver):
     - `damping`: `d`, above 0 and at most 1.
     - `rtol`, `max_steps`: the relative residual to reach, `None` for `eps^(2/3)` of the
       dtype, and the terms it may take; not used with `terms=k`.
+    - `epsilon`: the round-off of products with `A`; set by the rule.
     """
 
     terms: int | None = None
@@ -50,7 +50,7 @@ class Neumann(AbstractLinearSolver):
         first = [(self.damping * leaf).astype(leaf.dtype) for leaf in b]
         if self.terms is not None:
             u = lax.fori_loop(0, self.terms - 1, lambda _, u: self._next(A, b, u)[0], first)
-            return measured(A, b, u, math.inf)
+            return measured(A, b, u)
         rtol = default_rtol(b[0].dtype) if self.rtol is None else self.rtol
         threshold = rtol**2 * inner(b, b)
 
@@ -64,7 +64,7 @@ class Neumann(AbstractLinearSolver):
             return (squared > threshold) & jnp.isfinite(squared) & (k < self.max_steps)
 
         u, _, _ = lax.while_loop(unfinished, body, (first, inner(b, b), jnp.asarray(1)))
-        return measured(A, b, u, 10 * rtol)
+        return judged(A, b, u, self.round_off(b), rtol)
 
     def _next(self, A: Operator, b: Vector, u: Vector) -> tuple[Vector, Vector]:
         residual = sub(b, A(u))

@@ -13,6 +13,10 @@ from .._failures import first_failure, raise_if
 from .._solution import derivative_message, DerivativeError
 from ._base import AbstractLinearSolver, Operator, scaled_solve, Vector
 
+# Under `"return"` a derivative is one if its solve left less than this part of the right-hand side,
+# and round-off, amplified by the condition, less than this part of it.
+_SOLVED = 0.1
+
 OnFailure = Literal["raise", "nan", "return"]
 
 
@@ -30,13 +34,13 @@ def transposable_solve(
     `A u = 0` is 0 in any case, so that a lane that nothing looks at is harmless.
     """
     to_reals, from_reals = _tree.as_reals(b)
-    accuracy = 8 * _tree.epsilon(b)
+    epsilon = _tree.epsilon(b)
 
     def operator(v: Vector) -> Vector:
         return to_reals(A(from_reals(v)))
 
     def solve(A: Operator, b: Vector) -> Vector:
-        return _checked(A, b, solver, on_failure, failed, accuracy)
+        return _checked(A, b, solver, on_failure, failed, epsilon)
 
     return from_reals(with_derivatives(operator, to_reals(b), solve))
 
@@ -56,13 +60,16 @@ def _checked(
     solver: AbstractLinearSolver,
     on_failure: OnFailure,
     failed: Array,
-    accuracy: float,
+    epsilon: float,
 ) -> Vector:
-    """The solution, if it can be trusted or is as accurate as the products with `A` are."""
-    out = scaled_solve(solver, A, b)
+    """The solution where it can be trusted; under `"return"` where it solved anything."""
+    out = scaled_solve(solver, A, b, epsilon)
     if on_failure == "return":
-        return out.value
-    untrusted = ~(out.trusted | (out.residual <= accuracy))
+        solved = (out.residual < _SOLVED) & (out.condition < _SOLVED / epsilon)
+        solved = solved | (out.trusted & jnp.isinf(out.tolerance))
+        solved = solved | _tree.all_zero(b)
+        return [jnp.where(solved, leaf, jnp.nan) for leaf in out.value]
+    untrusted = ~out.trusted
     bad = untrusted | (failed & ~_tree.all_zero(b))
     if on_failure == "raise":
         numbers: dict[str, Any] = {

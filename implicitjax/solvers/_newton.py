@@ -5,7 +5,7 @@ from typing import ClassVar
 import equinox as eqx
 import jax
 
-from .._tree import as_reals, axpy, sub
+from .._tree import as_reals, axpy, epsilon, sub
 from ..linear import AbstractLinearSolver, AutoLinearSolver
 from ..linear._base import Operator, scaled_solve, Vector
 from ..linear._lineax import as_linear_solver
@@ -44,7 +44,7 @@ class Newton(AbstractSolver):
             return to_reals(sub(v, jax.jvp(f, (x,), (v,))[1]))
 
         def solve(A: Operator, b: Vector) -> Vector:
-            return scaled_solve(self.linear_solver, A, b).value
+            return scaled_solve(self.linear_solver, A, b, epsilon(x)).value
 
         step = with_derivatives(A, to_reals(sub(fx, x)), solve)
         return axpy(1.0, from_reals(step), x), None

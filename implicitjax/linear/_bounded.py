@@ -1,0 +1,67 @@
+"""A linear system as a fixed point: the loop that solves the value solves the derivative too."""
+
+import jax.numpy as jnp
+
+from .. import _tree
+from .._loop import CONVERGED, iterate, Settings, Tolerances
+from .._packing import whole
+from ..solvers._anderson import Anderson
+from ._base import LinearSolution, measured, Operator, Vector
+
+# So many steps tell the error of a solution, or it is not trusted.
+_STEPS = 100
+_TINY = 1e-37  # no size is divided by less
+
+
+def bounded(
+    A: Operator,
+    b: Vector,
+    start: Vector,
+    epsilon: float,
+    rtol: float | None = None,
+    max_steps: int = 1000,
+) -> LinearSolution:
+    """`u` with `A u = b`, by Anderson's window for `u = u + (b - A u)` from `start`.
+
+    The stop test of the loop bounds the error of `u`, not only its residual: `u` is trusted if its
+    estimated error is within `rtol (|u| + mean |u|)`, entry by entry. On a linear map the window is
+    a truncated Krylov method, without loss where `A` is symmetric (He, Tang, Zhao, Saad and Xi,
+    *SIAM J. Sci. Comput.* 46, 2024). One product a step.
+
+    - `start`: where the iteration starts.
+    - `epsilon`: the round-off of the products with `A`.
+    - `rtol`: `None` for `epsilon^(2/3)`.
+    """
+
+    def f(u: Vector) -> Vector:
+        return [ui + (bi - Au) for ui, bi, Au in zip(u, b, A(u), strict=True)]
+
+    tolerances = Tolerances(rtol, None, len(b) * (epsilon,), whole(b))
+    settings = Settings(max_steps, _tree.rms_norm, True, False, False, None)
+    u, outcome = iterate(f, start, Anderson(), tolerances, settings)
+    residual, error, in_tolerances, _ = outcome.numbers
+    size_b, size_u = (jnp.maximum(_tree.rms_norm(v), _TINY) for v in (b, u))
+    amplification = error / jnp.maximum(residual, _TINY)
+    return LinearSolution(
+        value=u,
+        residual=residual / size_b,
+        tolerance=residual / (size_b * jnp.maximum(in_tolerances, _TINY)),
+        condition=jnp.maximum(amplification, size_u / size_b) * jnp.maximum(size_b / size_u, 1.0),
+        trusted=outcome.code == CONVERGED,
+    )
+
+
+def judged(A: Operator, b: Vector, u: Vector, epsilon: float, rtol: float) -> LinearSolution:
+    """`u` of another method, trusted if it is within ten `rtol` of where `bounded` leads from it."""
+    found, own = bounded(A, b, u, epsilon, rtol, _STEPS), measured(A, b, u)
+    size = _tree.magnitude(u)
+    unit = [rtol * (jnp.abs(leaf) + size) + _TINY for leaf in u]
+    off = [(x - leaf) / ui for x, leaf, ui in zip(found.value, u, unit, strict=True)]
+    error = _tree.rms_norm(off)
+    return LinearSolution(
+        value=u,
+        residual=own.residual,
+        tolerance=jnp.minimum(10 * own.residual / jnp.maximum(error, _TINY), 1.0),
+        condition=found.condition,
+        trusted=found.trusted & (error <= 10),
+    )

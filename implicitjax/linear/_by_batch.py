@@ -1,0 +1,78 @@
+"""A linear solve that knows, under `jax.vmap`, what is batched: the matrix or the right-hand side."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax import lax
+from jax.custom_batching import custom_vmap
+from jax.extend.core import jaxpr_as_fun
+
+from ._base import LinearSolution, Operator, Vector
+
+Solve = Callable[[Operator, Vector], LinearSolution]
+
+
+def by_batch(
+    A: Operator,
+    b: Vector,
+    *,
+    single: Solve,
+    shared: Solve,
+    batched: Solve,
+    in_turn: bool = False,
+) -> LinearSolution:
+    """`single(A, b)`; under `jax.vmap` of `b` alone `shared`, and `batched` where `A` varies.
+
+    `in_turn`: on a CPU a batch is solved one by one.
+    """
+    closed = jax.make_jaxpr(A)(b)
+
+    # What `A` reads is an argument, so that a batch of it is seen.
+    def of(solve: Solve) -> Callable[[list, Vector], LinearSolution]:
+        return lambda consts, b: solve(lambda v: closed_over(consts, v), b)
+
+    def closed_over(consts: list, v: Vector) -> Vector:
+        return jaxpr_as_fun(closed.replace(consts=consts))(*v)
+
+    chosen = _choose(*map(of, (single, shared, batched)), in_turn)
+    return chosen(closed.consts, b)
+
+
+def _choose(single: Callable, shared: Callable, batched: Callable, in_turn: bool) -> Callable:
+    @custom_vmap
+    def solve(consts: list, b: Vector) -> LinearSolution:
+        return single(consts, b)
+
+    @solve.def_vmap
+    def rule(_: int, which: Any, consts: list, b: Vector) -> tuple:
+        axes = jax.tree.map(lambda is_batched: 0 if is_batched else None, which)
+        if any(jax.tree.leaves(which[0])):
+            out = _of_batch(batched, which, in_turn)(consts, b)
+        else:
+            several, free = (jax.vmap(s, in_axes=(None, axes[1])) for s in (shared, batched))
+            out = _choose(several, several, free, in_turn)(consts, b)
+        return out, jax.tree.map(lambda _: True, out)
+
+    return solve
+
+
+def _of_batch(solve: Callable, which: Any, in_turn: bool) -> Callable:
+    """`solve` of every lane; `which` of the arguments are batched."""
+    axes = jax.tree.map(lambda is_batched: 0 if is_batched else None, which)
+    at_once = jax.vmap(solve, in_axes=axes)
+    if not in_turn:
+        return at_once
+
+    def one_by_one(*args: Any) -> LinearSolution:
+        leaves, structure = jax.tree.flatten(args)
+        is_batched = jax.tree.leaves(which)
+
+        def lane(varied: list) -> LinearSolution:
+            left = iter(varied)
+            chosen = [next(left) if v else x for x, v in zip(leaves, is_batched, strict=True)]
+            return solve(*jax.tree.unflatten(structure, chosen))
+
+        return lax.map(lane, [x for x, v in zip(leaves, is_batched, strict=True) if v])
+
+    return lambda *args: lax.platform_dependent(*args, cpu=one_by_one, default=at_once)
