@@ -10,6 +10,7 @@ from jaxtyping import Float
 
 from ._tree import explicitly_sharded, SMALL
 
+
 class Run(NamedTuple):
     """So many `leaves` of `size` numbers each, one after another in a vector."""
 

@@ -20,7 +20,6 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Bool, Float, PyTree
 
-
 # Fewer numbers than this are a small leaf: the number of operations is what it costs, not memory.
 SMALL = 4096
 

@@ -13,7 +13,7 @@ from jaxtyping import Bool, Int
 from .. import _tree
 from .._packing import Packing
 from . import _number
-from ._number import Measured, Number, Seen
+from ._number import Measured, Seen
 from ._outcome import ACCEPTED, choose, CONVERGED, PROBING
 
 # How far a probe goes, in tolerances.

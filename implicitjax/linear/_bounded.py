@@ -52,7 +52,7 @@ def bounded(
 
 
 def judged(A: Operator, b: Vector, u: Vector, epsilon: float, rtol: float) -> LinearSolution:
-    """`u` of another method, trusted if it is within ten `rtol` of where `bounded` leads from it."""
+    """`u` of another method, trusted if it is within ten `rtol` of where `bounded` leads."""
     found, own = bounded(A, b, u, epsilon, rtol, _STEPS), measured(A, b, u)
     size = _tree.magnitude(u)
     unit = [rtol * (jnp.abs(leaf) + size) + _TINY for leaf in u]

@@ -1,4 +1,4 @@
-"""A linear solve that knows, under `jax.vmap`, what is batched: the matrix or the right-hand side."""
+"""A linear solve that sees what `jax.vmap` batches: the matrix or the right-hand side."""
 
 from collections.abc import Callable
 from typing import Any
