@@ -19,7 +19,9 @@ from ._loop import CONVERGED, Outcome, RESULT_NAMES
 from ._solution import convergence_message, ConvergenceError, Solution, Stats
 from ._solve import solve
 from ._trace import Problem, trace
-from .solvers import AbstractSolver, Anderson
+from ._trace._axes import refuse_coupled, refuse_varying
+from .solvers._anderson import Anderson
+from .solvers._base import AbstractSolver
 
 # Made once: a module costs more to make than a compiled solve of a few unknowns.
 _ANDERSON, _IMPLICIT = Anderson(), ImplicitAdjoint()
@@ -112,6 +114,9 @@ def implicit_fixed_point(
         solver, adjoint, max_steps, norm, early_stop, on_failure, history, progress
     )
     problem, inputs = trace(f, x0, args, has_aux)
+    refuse_coupled("The map", problem.coupled_axes)
+    refuse_varying(problem.jaxpr)
+    configuration = configuration.with_key(problem, inputs, methods)
     try:
         state, aux, outcome = solve(problem, configuration, inputs, methods, [rtol, atol])
         if on_failure == "raise":
@@ -157,7 +162,7 @@ def _raise_if_failed(
     if concrete:
         failure(True, numbers)
     failed = raise_if(outcome.code != CONVERGED, failure, numbers)
-    return poison(failed, (state, aux))
+    return poison(failed, (state, aux), tie=True)
 
 
 @dataclasses.dataclass(frozen=True)

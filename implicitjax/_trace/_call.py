@@ -8,11 +8,13 @@ import equinox as eqx
 import jax
 import numpy as np
 
+from ._exact import by_equality, exact, same
+
 
 class Static:
-    """A leaf that is no array: equal to another of the same type and value.
+    """A leaf that is no array: the same as another of one type and the same bits, see `_exact.py`.
 
-    One that cannot be hashed or compared, such as a set, is equal to itself alone.
+    Objects of other classes are compared by their own `==`.
     """
 
     __slots__ = ("value",)
@@ -21,23 +23,12 @@ class Static:
         self.value = value
 
     def __hash__(self) -> int:
-        try:
-            return hash(self.value)
-        except (TypeError, ValueError):
-            return id(self.value)
+        return hash(exact(self.value, by_equality))
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Static) or type(other.value) is not type(self.value):
             return False
-        if self.value is other.value:
-            return True
-        if isinstance(self.value, (float, complex)):
-            return repr(self.value) == repr(other.value)  # -0.0 is not 0.0, and NaN is NaN
-        try:
-            hash(self.value)
-            return bool(self.value == other.value)
-        except (TypeError, ValueError):
-            return False
+        return self.value is other.value or same(self.value, other.value)
 
 
 class Call(NamedTuple):
@@ -98,18 +89,24 @@ def split_call(f: Any, x0: Any, args: tuple, has_aux: bool) -> tuple[Call, list]
     return Call((f_tree, x0_tree, args_tree), tuple(statics), has_aux), arrays
 
 
+_JITTED = type(jax.jit(lambda: None))
+
+
 def as_pytree(f: Any) -> Any:
     """The map as a pytree where it is one in disguise, so that its arrays are seen.
 
     `functools.partial` becomes JAX's own; `jax.jit` of a module, which JAX refuses to call
-    since a module cannot be hashed, becomes the module.
+    since a module cannot be hashed, becomes the module. Whatever else wraps a module, such as
+    `jax.vmap` or `functools.wraps`, is a map of its own.
     """
     if isinstance(f, eqx.Module):
         return f
-    if isinstance(f, functools.partial) and not isinstance(f, jax.tree_util.Partial):
+    if type(f) is functools.partial:
         return jax.tree_util.Partial(as_pytree(f.func), *f.args, **f.keywords)
-    wrapped = getattr(f, "__wrapped__", None)
-    return wrapped if isinstance(wrapped, eqx.Module) else f
+    if type(f) is _JITTED:
+        wrapped = getattr(f, "__wrapped__", None)
+        return wrapped if isinstance(wrapped, eqx.Module) else f
+    return f
 
 
 def is_array(leaf: Any) -> bool:

@@ -6,142 +6,211 @@ is equal for equal programs: with it as the key, a cached `jit` serves a fresh l
 never an outdated one, since whatever the lambda reads is in the trace.
 """
 
+import itertools
 import weakref
+from collections.abc import Hashable, Iterator
 from typing import Any
 
 import jax
 import jax.extend.core as jec
+import jax.numpy as jnp
 import numpy as np
-from jax.core import eval_jaxpr
+from jax.core import eval_jaxpr, Tracer
+
+from .._tree import SMALL
+from ._exact import exact, Identity
 
 _known: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
-_MAX_DEPTH = 2
+# So many derivatives of a function with a custom rule are compared at least; so many at most.
+_LEAST, _MOST = 2, 8
+# A rule that sees what is perturbed or batched is traced for each choice of that, if so few.
+_CHOICES = 21
 
 
-def fingerprint(jaxpr: jec.Jaxpr, depth: int = 0) -> tuple:
+def program_key(closed: jec.ClosedJaxpr, above: tuple = ()) -> Hashable:
+    """The fingerprint of a jaxpr with the values of its constants."""
+    return (fingerprint(closed.jaxpr, above), tuple(map(_constant, closed.consts)))
+
+
+def _constant(value: Any) -> Hashable:
+    """A small array by its numbers, since it may have been made anew; a large one by identity."""
+    if isinstance(value, jax.Array) and not isinstance(value, Tracer) and value.size < SMALL:
+        if value.is_fully_addressable and not jnp.issubdtype(value.dtype, jax.dtypes.extended):
+            return exact((str(value.sharding), np.asarray(value)))
+    return exact(value)
+
+
+class _Node:
+    """What is known of a jaxpr. There is one for each `content`, so that a jaxpr that occurs many
+    times within another is hashed and compared once.
+    """
+
+    __slots__ = ("__weakref__", "content")
+
+    def __init__(self, content: tuple):
+        self.content = content
+
+
+_nodes: weakref.WeakValueDictionary[tuple, _Node] = weakref.WeakValueDictionary()
+
+
+def fingerprint(jaxpr: jec.Jaxpr, above: tuple = ()) -> _Node:
     """A value that is equal for jaxprs that compute the same by the same operations.
 
     Two functions with a custom derivative are the same if they agree in value and in the
-    traces of their first and second derivatives.
+    traces of their derivatives. A rule that calls its own function has no last derivative: from
+    the second on, those are left out whose value is that of a function `above`.
     """
-    if depth == 0 and jaxpr in _known:
+    if not above and jaxpr in _known:
         return _known[jaxpr]
     numbers: dict[Any, int] = {}
 
     def atom(a: Any) -> Any:
         if isinstance(a, jec.Literal):
-            return ("literal", str(a.aval), _value(a.val, depth))
+            return ("literal", exact(a.aval), exact(a.val))
         return numbers.setdefault(a, len(numbers))
 
-    head = [(atom(v), str(v.aval)) for v in (*jaxpr.constvars, *jaxpr.invars)]
+    head = [(atom(v), exact(v.aval)) for v in (*jaxpr.constvars, *jaxpr.invars)]
     body = []
     for eqn in jaxpr.eqns:
         operands = tuple(atom(v) for v in eqn.invars)
-        results = tuple((atom(v), str(v.aval)) for v in eqn.outvars)
-        body.append((eqn.primitive.name, operands, results, _parameters(jaxpr, eqn, depth)))
-    out = (len(jaxpr.constvars), tuple(head), tuple(body), tuple(atom(v) for v in jaxpr.outvars))
-    if depth == 0:
+        results = tuple((atom(v), exact(v.aval)) for v in eqn.outvars)
+        params = _parameters(jaxpr, eqn, above)
+        body.append((eqn.primitive.name, operands, results, params, _context(eqn)))
+    outputs = tuple(atom(v) for v in jaxpr.outvars)
+    out = _Node((len(jaxpr.constvars), tuple(head), tuple(body), outputs))
+    out = _nodes.setdefault(out.content, out)
+    if not above:
         _known[jaxpr] = out
     return out
 
 
-_DERIVATIVES = ("custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr")
-
-
-def _parameters(jaxpr: jec.Jaxpr, eqn: jec.JaxprEqn, depth: int) -> tuple:
-    if eqn.primitive.name not in _DERIVATIVES:
-        return _fields(eqn.params, depth)
-    bodies = {k: v for k, v in eqn.params.items() if _is_jaxpr(v)}
-    derivative = _derivative(jaxpr, eqn, depth) if depth < _MAX_DEPTH else None
-    return (_fields(bodies, depth), derivative)
-
-
-def _fields(params: dict[str, Any], depth: int) -> tuple:
-    return tuple((k, _value(params[k], depth)) for k in sorted(params))
-
-
-def _derivative(jaxpr: jec.Jaxpr, eqn: jec.JaxprEqn, depth: int) -> Any:
-    """The fingerprint of the derivative of one equation with a custom rule.
-
-    The rule is a Python function made anew by every trace, so it is known by what it does.
+def _context(eqn: jec.JaxprEqn) -> Hashable:
+    """What an equation depends on beside its parameters: the mesh, the kind of random bits, where
+    to compute, annotations for the compiler.
     """
-    variables = list(dict.fromkeys(v for v in eqn.invars if not isinstance(v, jec.Literal)))
-    # By name: older versions of JAX do not export the class of a result that is not used.
-    outputs = [v for v in eqn.outvars if type(v).__name__ != "DropVar"]
-    names = jaxpr.debug_info.with_unknown_names()
-    alone = jaxpr.replace(
-        constvars=[], invars=variables, outvars=outputs, eqns=[eqn], debug_info=names
-    )
-    inputs = [_struct(v.aval) for v in variables]
-
-    def call(*operands: Any) -> Any:
-        return eval_jaxpr(alone, (), *operands)
-
-    def derivative(operands: list, seeds: list) -> Any:
-        if eqn.primitive.name == "custom_jvp_call":
-            return jax.jvp(call, tuple(operands), tuple(_seed(operands, seeds)))
-        out, pull = jax.vjp(call, *operands)
-        return pull(_seed(out, seeds))
-
-    seeded = inputs if eqn.primitive.name == "custom_jvp_call" else [v.aval for v in outputs]
+    metadata = getattr(eqn.ctx, "xla_metadata", None)
     try:
-        closed = jax.make_jaxpr(derivative)(inputs, [_struct(x) for x in seeded if _inexact(x)])
+        return (eqn.ctx, exact(metadata) if metadata else None)
+    except TypeError:
+        return Identity(eqn.ctx)
+
+
+_WITH_RULE = (
+    "custom_jvp_call",
+    "custom_vjp_call",
+    "custom_vjp_call_jaxpr",
+    "custom_vmap_call",
+)
+
+
+def _parameters(jaxpr: jec.Jaxpr, eqn: jec.JaxprEqn, above: tuple) -> tuple:
+    if eqn.primitive.name not in _WITH_RULE:
+        return _fields(eqn.params, above)
+    value = _fields({k: v for k, v in eqn.params.items() if _is_jaxpr(v)}, above)
+    by_vmap = eqn.primitive.name == "custom_vmap_call"
+    if len(above) >= _LEAST and (by_vmap or value in above):
+        return (value, None)
+    if len(above) >= _MOST:
+        return (value, Identity(eqn.params))
+    # A rule is a Python function made anew by every trace, so it is known by what it does.
+    try:
+        programs = (_batches if by_vmap else _derivatives)(_Single(jaxpr, eqn))
+        return (value, tuple(program_key(p, (*above, value)) for p in programs))
     except Exception:  # whatever the user's rule raises here, it will raise where it is used
-        return _Identity(eqn.params)
-    consts = tuple(_value(c, depth) for c in closed.consts)
-    return (fingerprint(closed.jaxpr, depth + 1), consts)
+        return (value, Identity(eqn.params))
 
 
-def _inexact(x: Any) -> bool:
-    return jax.numpy.issubdtype(x.dtype, jax.numpy.inexact)
+def _fields(params: dict[str, Any], above: tuple) -> tuple:
+    return tuple((k, _value(params[k], above)) for k in sorted(params))
+
+
+class _Single:
+    """One equation as a function of its operands, those that are no literals."""
+
+    def __init__(self, jaxpr: jec.Jaxpr, eqn: jec.JaxprEqn):
+        variables = list(dict.fromkeys(v for v in eqn.invars if not isinstance(v, jec.Literal)))
+        # By name: older versions of JAX do not export the class of a result that is not used.
+        used = [v for v in eqn.outvars if type(v).__name__ != "DropVar"]
+        names = jaxpr.debug_info.with_unknown_names()
+        self.eqn = eqn
+        self.jaxpr = jaxpr.replace(
+            constvars=[], invars=variables, outvars=used, eqns=[eqn], debug_info=names
+        )
+        self.operands, self.results = ([_struct(v.aval) for v in vs] for vs in (variables, used))
+
+    def __call__(self, *operands: Any) -> list:
+        return eval_jaxpr(self.jaxpr, (), *operands)
+
+
+def _derivatives(call: _Single) -> Iterator[jec.ClosedJaxpr]:
+    """The traces of the derivatives of a call with a custom rule."""
+    forward = call.eqn.primitive.name == "custom_jvp_call"
+    operands, results = _continuous(call.operands), _continuous(call.results)
+    choices = [(operands, results)]
+    if call.eqn.params.get("symbolic_zeros"):  # the rule sees which tangents there are
+        choices = [*itertools.product(_some(operands), [results] if forward else _some(results))]
+    for moving, wanted in _few(choices):
+
+        def along(at: list, seeds: list, moving: tuple = moving, wanted: tuple = wanted) -> Any:
+            """The derivative of some of the results by some of the operands."""
+
+            def f(moved: list) -> list:
+                full = dict(zip(moving, moved, strict=True))
+                out = call(*(full.get(i, x) for i, x in enumerate(at)))
+                return out if forward else [out[i] for i in wanted]
+
+            start = [at[i] for i in moving]
+            return jax.jvp(f, (start,), (seeds,)) if forward else jax.vjp(f, start)[1](seeds)
+
+        like = [call.operands[i] for i in moving] if forward else [call.results[i] for i in wanted]
+        yield jax.make_jaxpr(along)(call.operands, like)
+
+
+def _batches(call: _Single) -> Iterator[jec.ClosedJaxpr]:
+    """The traces of a call under `jax.vmap` by some of its operands."""
+    for batched in _few(_some(tuple(range(len(call.operands))))):
+        axes = tuple(0 if i in batched else None for i in range(len(call.operands)))
+        lanes = [
+            jax.ShapeDtypeStruct((2, *x.shape), x.dtype) if i in batched else x
+            for i, x in enumerate(call.operands)
+        ]
+        yield jax.make_jaxpr(jax.vmap(call.__call__, in_axes=axes))(*lanes)
+
+
+def _few(choices: list) -> list:
+    if len(choices) > _CHOICES:
+        raise ValueError("too many to be traced")
+    return choices
+
+
+def _continuous(values: list) -> tuple[int, ...]:
+    """Which of them have derivatives."""
+    return tuple(i for i, x in enumerate(values) if jnp.issubdtype(x.dtype, np.inexact))
+
+
+def _some(items: tuple[int, ...]) -> list[tuple[int, ...]]:
+    """Every choice of some of them."""
+    sizes = range(1, len(items) + 1)
+    return [choice for n in sizes for choice in itertools.combinations(items, n)]
 
 
 def _struct(x: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(x.shape, x.dtype)
 
 
-def _seed(like: Any, seeds: list) -> list:
-    """A tangent or cotangent for each of `like`: the seeds, and none for integers."""
-    left = iter(seeds)
-    zero = jax.dtypes.float0
-    return [next(left) if _inexact(x) else np.zeros(x.shape, zero) for x in like]
-
-
 def _is_jaxpr(value: Any) -> bool:
     return isinstance(value, (jec.Jaxpr, jec.ClosedJaxpr))
 
 
-def _value(value: Any, depth: int) -> Any:
-    """A hashable stand-in for a parameter, a literal or a constant."""
-    if isinstance(value, jec.ClosedJaxpr):
-        inner = tuple(_value(c, depth) for c in value.consts)
-        return ("closed", fingerprint(value.jaxpr, depth), inner)
-    if isinstance(value, jec.Jaxpr):
-        return ("jaxpr", fingerprint(value, depth))
-    if hasattr(value, "__array__") and not isinstance(value, jax.Array):
-        value = np.asarray(value)  # also the literals of some versions of JAX
-        return ("array", str(value.dtype), value.shape, value.tobytes())
-    if isinstance(value, (tuple, list)):
-        return (type(value).__name__, tuple(_value(v, depth) for v in value))
-    if isinstance(value, dict):
-        return ("dict", tuple((repr(k), _value(value[k], depth)) for k in sorted(value, key=repr)))
-    if isinstance(value, float):
-        return ("float", value.hex())
-    try:
-        hash(value)
-    except TypeError:
-        return _Identity(value)
-    return (type(value), value)
+def _value(value: Any, above: tuple) -> Hashable:
+    """A hashable stand-in for a parameter."""
 
+    def jaxpr(value: Any) -> Hashable | None:
+        if isinstance(value, jec.ClosedJaxpr):
+            return ("closed", program_key(value, above))
+        if isinstance(value, jec.Jaxpr):
+            return ("jaxpr", fingerprint(value, above))
+        return None
 
-class _Identity:
-    """Equal to itself alone; holds its object, so that no other gets the same `id`."""
-
-    def __init__(self, value: Any):
-        self.value = value
-
-    def __hash__(self) -> int:
-        return id(self.value)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Identity) and other.value is self.value
+    return exact(value, first=jaxpr)

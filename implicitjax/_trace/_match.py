@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from ._call import Call, is_array, Static
+from ._exact import same
 
 
 def match(
@@ -14,7 +15,7 @@ def match(
 ) -> tuple[list, tuple[Static | None, ...], dict[int, Any]]:
     """The array leaves of the state that came out, each like the one that went in."""
     before, after = _flatten(x0), _flatten(value)
-    if jax.tree.structure(x0) != jax.tree.structure(value):
+    if not same(jax.tree.structure(x0), jax.tree.structure(value)):
         raise TypeError(_structure_message(x0, value))
     out: list[Any] = []
     statics: list[Static | None] = []
@@ -114,7 +115,7 @@ def _containers_part(old: Any, new: Any, path: str) -> str:
         same_name = type(old).__name__ == type(new).__name__
         other = "another class of that name" if same_name else _a(new)
         return f"the guess is {_a(old)}{at}, the map returns {other}{there}"
-    if _level(old) != _level(new):
+    if not same(_level(old), _level(new)):
         return (
             f"the guess is {_a(old)}{at}, and the map returns one whose length, keys or "
             "static fields differ"

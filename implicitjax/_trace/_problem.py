@@ -3,7 +3,7 @@ the role of every leaf of the state.
 """
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import jax
@@ -14,6 +14,7 @@ from jax.core import eval_jaxpr
 from jax.interpreters import partial_eval
 from jaxtyping import Bool, PyTree
 
+from ._axes import coupled_axes, subjaxprs
 from ._call import Call, is_array, split_call, Static
 from ._entries import carried_entries
 from ._key import fingerprint
@@ -119,6 +120,13 @@ class Problem:
         """Whether what feeds back goes through a function with a pullback alone."""
         jaxpr, _ = self._part(self.roles.feedback)
         return _contains(jaxpr, ("custom_vjp_call", "custom_vjp_call_jaxpr"))
+
+    @functools.cached_property
+    def coupled_axes(self) -> tuple[Hashable, ...]:
+        """The names of the axes, bound outside, over which what feeds back has a collective."""
+        if not coupled_axes(self.jaxpr):
+            return ()
+        return coupled_axes(self._part(self.roles.feedback)[0])
 
     def _part(self, outputs: tuple[int, ...]) -> tuple[jec.Jaxpr, list[bool]]:
         """The equations behind some of the outputs, and which inputs they read."""
@@ -232,15 +240,6 @@ def _open_constants(jaxpr: jec.Jaxpr) -> jec.Jaxpr:
 
 def _contains(jaxpr: jec.Jaxpr, names: tuple[str, ...]) -> bool:
     return any(
-        eqn.primitive.name in names or any(_contains(sub, names) for sub in _subjaxprs(eqn))
+        eqn.primitive.name in names or any(_contains(sub, names) for sub in subjaxprs(eqn))
         for eqn in jaxpr.eqns
     )
-
-
-def _subjaxprs(eqn: jec.JaxprEqn) -> Iterator[jec.Jaxpr]:
-    for value in eqn.params.values():
-        for item in value if isinstance(value, (tuple, list)) else (value,):
-            if isinstance(item, jec.ClosedJaxpr):
-                yield item.jaxpr
-            elif isinstance(item, jec.Jaxpr):
-                yield item
