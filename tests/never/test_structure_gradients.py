@@ -45,7 +45,7 @@ def barrier(k):
 
 
 def turned(k):
-    return k.transpose(1, 2, 0).transpose(0, 2, 1).transpose(1, 0, 2).transpose(0, 2, 1)
+    return k.transpose(1, 2, 0).transpose(0, 2, 1).transpose(1, 0, 2)
 
 
 NOTHING = {
