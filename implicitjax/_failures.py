@@ -130,7 +130,7 @@ def _(primals: tuple, tangents: tuple) -> tuple[list, list]:
     (failed, x, theta), (_, x_dot, theta_dot) = primals, tangents
     moving = [t for t in theta_dot if t.dtype != jax.dtypes.float0]
     marks = [m - t for m, t in zip(mark_failed(moving, failed), moving, strict=True)]
-    mark = sum(jnp.sum(jnp.real(m)) for m in marks)
+    mark = functools.reduce(jnp.add, [jnp.sum(jnp.real(m)) for m in marks], jnp.zeros(()))
     return poison_derivative(failed, x, theta), [t + mark.astype(t.dtype) for t in x_dot]
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Bool
 
 from . import _tree
@@ -56,6 +57,21 @@ class Guess:
         digits = min(jnp.finfo(leaf.dtype).nmant for leaf in x)
         start = ([xi == xi for xi in x], sample)
         return lax.scan(once, start, length=-(-40 // digits))[0][0]
+
+    def along(
+        self,
+        x0_dot: list,
+        J: Callable[[Vector], Vector],
+        x: Vector,
+        outcome: Outcome,
+        x_dot: Vector | None,
+    ) -> Vector:
+        """The tangent `x_dot` along parameters, and that along the guess."""
+        if x_dot is not None and all(isinstance(t, SymbolicZero) for t in x0_dot):
+            return x_dot
+        decided = self.decided(J, _tree.stop_gradient(x))
+        by_guess = self.tangent(decided, outcome, list(map(instantiate, x0_dot)))
+        return by_guess if x_dot is None else _tree.axpy(1, x_dot, by_guess)
 
     def tangent(self, decided: list, outcome: Outcome, x0_dot: Vector) -> Vector:
         """The tangent of the solution along that of the guess, and transposed: zero, where neither
@@ -102,6 +118,12 @@ class Guess:
         return self.packed.pack(
             [jnp.where(no, jnp.nan, jnp.zeros_like(leaf)).astype(leaf.dtype) for no, leaf in leaves]
         )
+
+
+def instantiate(t: Any) -> Array:
+    """A tangent or cotangent as an array."""
+    zero: Any = t
+    return jnp.zeros(zero.shape, zero.dtype) if isinstance(t, SymbolicZero) else t
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,8 +21,8 @@ from jax import Array, lax
 from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
 from jaxtyping import PyTree
 
-from ._guess import Guess
-from ._tree import axpy, sub
+from ._guess import Guess, instantiate
+from ._tree import sub
 
 Vector = list[Array]
 LinearSolve = Callable[[Callable[[Vector], Vector], Vector, PyTree], Vector]
@@ -44,18 +44,14 @@ def by_jvp(
     def rule(primals: tuple, tangents: tuple) -> tuple:
         (θ, x0, fixed), (θ_dot, x0_dot, _) = primals, tangents
         x, outcome = x_star(θ, x0, fixed)
-        moving = [not isinstance(t, SymbolicZero) for t in θ_dot]
+        moving, x_dot = [not isinstance(t, SymbolicZero) for t in θ_dot], None
         J = _linearize(lambda x: F(θ, x), x)
-        x_dot = None
         if any(moving):
             B = _pushforward(lambda part: F(_merge(moving, part, θ), x), _pick(moving, θ))
             θ_dot = mark(_pick(moving, θ_dot), outcome)
             b = lax.optimization_barrier(B(θ_dot))  # one linear map: all leaves of b move
             x_dot = linear_solve(lambda v: sub(v, J(v)), b, outcome)
-        if x_dot is None or any(not isinstance(t, SymbolicZero) for t in x0_dot):
-            decided = guess.decided(J, lax.stop_gradient(x))
-            by_guess = guess.tangent(decided, outcome, [_instantiate(t) for t in x0_dot])
-            x_dot = by_guess if x_dot is None else axpy(1, x_dot, by_guess)
+        x_dot = guess.along(x0_dot, J, x, outcome, x_dot)
         return (x, outcome), (x_dot, jax.tree.map(_no_tangent, outcome))
 
     x_star.defjvp(rule, symbolic_zeros=True)
@@ -79,7 +75,7 @@ def by_vjp(F: Callable, solve: Callable, linear_solve: LinearSolve, guess: Guess
 
     def backward(residuals: tuple, cotangents: tuple) -> tuple:
         (θ, x, outcome, decided), (x_bar, _) = residuals, cotangents
-        x_bar = [_instantiate(t) for t in x_bar]
+        x_bar = list(map(instantiate, x_bar))
         _, pull = jax.vjp(F, θ, x)  # u ↦ (Bᵀ u, Jᵀ u)
         u = linear_solve(lambda u: sub(u, pull(u)[1]), x_bar, outcome)
         x0_bar = None
@@ -115,11 +111,6 @@ def _double_transpose(f: Callable, x: Vector) -> Callable[[Vector], Vector]:
 
 def _is_primal(x: Any) -> bool:
     return isinstance(x, CustomVJPPrimal)
-
-
-def _instantiate(t: Any) -> Array:
-    zero: Any = t
-    return jnp.zeros(zero.shape, zero.dtype) if isinstance(t, SymbolicZero) else t
 
 
 def _pick(chosen: list[bool], leaves: Vector) -> Vector:

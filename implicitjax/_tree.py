@@ -106,19 +106,30 @@ def inner_columns(columns: PyTree, rows: Sequence[PyTree]) -> Float[Array, "m k"
     return _total(jax.tree.map(leaf, columns, *rows), dtype)
 
 
-def inner_rows(xs: Sequence[PyTree], ys: Sequence[PyTree]) -> Float[Array, "m k"]:
-    """`Re <x_i, y_j>`."""
+def inner_rows(xs: Sequence[PyTree], ys: Sequence[PyTree]) -> Any:
+    """`Re <x_i, y_j>`: a matrix, or for large leaves rows of numbers, none of them taken twice."""
     if all(leaf.size < SMALL for leaf in jax.tree.leaves(xs)):
         return inner_columns(jax.tree.map(lambda *leaves: jnp.stack(leaves), *xs), ys)
-    columns = [inner_columns(jax.tree.map(lambda leaf: leaf[None], x), ys) for x in xs]
-    return jnp.concatenate(columns)
+    dtype = accumulation_dtype(xs, ys)
+
+    def leaf(xi: Array, yi: Array) -> Array:
+        if explicitly_sharded(xi):  # a contraction of such an axis is an error
+            return jnp.sum(_real_product(xi, yi, dtype))
+        return _products(xi, yi, dtype, whole=True)
+
+    known: dict[frozenset, Array] = {}
+    for x in xs:
+        for y in ys:
+            if frozenset((id(x), id(y))) not in known:
+                known[frozenset((id(x), id(y)))] = _total(jax.tree.map(leaf, x, y), dtype)
+    return [[known[frozenset((id(x), id(y)))] for y in ys] for x in xs]
 
 
-def _products(ci: Array, xi: Array, dtype: Any) -> Float[Array, "m k"]:
-    """`Re <ci_i, xi_j>`, as contractions, which run quicker than sums."""
+def _products(ci: Array, xi: Array, dtype: Any, whole: bool = False) -> Float[Array, "..."]:
+    """`Re <ci_i, xi_j>`, or of the `whole` arrays; as contractions, which run quicker than sums."""
     ci, xi = widen(ci, dtype), widen(xi, dtype)
     pairs = [(ci.real, xi.real), (ci.imag, xi.imag)] if jnp.iscomplexobj(ci) else [(ci, xi)]
-    axes = tuple(range(1, ci.ndim))
+    axes = tuple(range(0 if whole else 1, ci.ndim))
     dims = ((axes, axes), ((), ()))
     return functools.reduce(
         jnp.add, [lax.dot_general(c, v, dims, precision="highest") for c, v in pairs]

@@ -2,13 +2,7 @@
 `u.at[1:-1].set(...)`. A parameter each: its derivative belongs to the guess.
 
 Every entry of every array is labelled with what it depends on, and the equations of the map are
-applied to the labels, at the guess. A label is
-
-- `EXACT`: integers, booleans and literals alone. It has no derivative.
-- `GIVEN`: parameters alone, or what was known before the solve.
-- `2 n + 1`: entry `n` of the unknown itself, value and derivative.
-- `2 n`: a function of that entry, and of what is given.
-- `MANY`: anything else.
+applied to the labels, at the guess, see `_labels.py`.
 
 Whether an entry is handed on may depend on what is given, and on that entry itself: the bounds of
 `jnp.clip(k, 0, 1)`. What holds at the guess then holds at every iterate, since the entry stays as
@@ -17,7 +11,7 @@ it is. An array whose entries share a label has an integer in place of an array 
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.extend.core as jec
@@ -26,21 +20,12 @@ import numpy as np
 from jax import Array, lax
 from jax.core import eval_jaxpr, Tracer
 from jax.interpreters import partial_eval
-from jax.sharding import reshard
 from jaxtyping import Bool
 
-from .._tree import explicitly_sharded
-from ._roles import alone, COPIES, identities, inexact, opened
-
-# Even, so that the last bit of a label says whether it is that of an entry itself.
-EXACT, GIVEN, MANY = -2, -4, -6
-
-
-class Labelled(NamedTuple):
-    """An array at the guess, and the labels of its entries."""
-
-    value: Any
-    labels: Any
+from . import _labels
+from ._equation import apply, COPIES, opened
+from ._flow import identities, inexact
+from ._labels import EXACT, GIVEN, Labelled, MANY
 
 
 def carried_entries(
@@ -60,7 +45,7 @@ def carried_entries(
         return [None] * len(unknown)
 
     def masks(inputs: list) -> list:
-        own = {read[k]: _own(inputs[read[k]], first[k]) for k in mixed if k in read}
+        own = {read[k]: _labels.own(inputs[read[k]], first[k]) for k in mixed if k in read}
         start = []
         for i, (value, variable) in enumerate(zip(inputs, jaxpr.invars, strict=True)):
             given = GIVEN if inexact(variable) else EXACT
@@ -79,16 +64,6 @@ def carried_entries(
     used = [x for x, u in zip(inputs, reads, strict=True) if u]
     values = dict(zip(found, eval_jaxpr(needed, closed.consts, *used), strict=True))
     return [values.get(k) for k in range(len(unknown))]
-
-
-def _own(leaf: Array, start: int) -> Array:
-    """The labels of a leaf of the unknown; NaN is not handed on. They depend on the leaf, or
-    they would be constants, which the compiler computes, slowly.
-    """
-    ids = (2 * jnp.arange(start, start + leaf.size, dtype=jnp.int32) + 1).reshape(leaf.shape)
-    if explicitly_sharded(leaf):
-        ids = reshard(ids, jax.typeof(leaf).sharding)
-    return jnp.where(leaf == leaf, ids, MANY)
 
 
 def _label(jaxpr: jec.Jaxpr | jec.ClosedJaxpr, inputs: Sequence[Labelled]) -> list[Labelled]:
@@ -111,21 +86,14 @@ def _label(jaxpr: jec.Jaxpr | jec.ClosedJaxpr, inputs: Sequence[Labelled]) -> li
         else:
             rule = _RULES.get(name, _elementwise if name in _ELEMENTWISE else _opaque)
             labels = rule(eqn, operands)
-            values = _bind(eqn, [x.value for x in operands])
+            values = apply(eqn, [x.value for x in operands])
             exact = [
-                x if inexact(v) else _exact(x) for x, v in zip(labels, eqn.outvars, strict=True)
+                x if inexact(v) else _labels.exact(x)
+                for x, v in zip(labels, eqn.outvars, strict=True)
             ]
             outputs = [Labelled(*pair) for pair in zip(values, exact, strict=True)]
         env.update(zip(eqn.outvars, outputs, strict=True))
     return [read(v) for v in jaxpr.outvars]
-
-
-def _bind(eqn: jec.JaxprEqn, operands: Sequence[Any]) -> list:
-    call, variables = alone(eqn)
-    given = {
-        v: x for v, x in zip(eqn.invars, operands, strict=True) if not isinstance(v, jec.Literal)
-    }
-    return call([given[v] for v in variables])
 
 
 # Rules: from an equation and its operands to the labels of its outputs.
@@ -140,47 +108,7 @@ def _opaque(eqn: jec.JaxprEqn, operands: list[Labelled]) -> list:
 
 def _elementwise(eqn: jec.JaxprEqn, operands: list[Labelled]) -> list:
     """An entry is a function of those at the same place."""
-    return [_join([x.labels for x in operands])]
-
-
-def _join(labels: Sequence[Any]) -> Any:
-    """The label of a function of several entries."""
-    return functools.reduce(_join_two, labels[1:], _function_of(labels[0]))
-
-
-def _join_two(a: Any, b: Any) -> Any:
-    b = _function_of(b)
-    shared = [x for x in (a, b) if isinstance(x, int)]
-    if len(shared) == 2 or MANY in shared:
-        return min(shared)
-    if EXACT in shared:
-        return b if isinstance(a, int) else a
-    differ = (a >= 0) & (b >= 0) & (a != b)
-    one = jnp.where((a >= 0) | (b >= 0), jnp.maximum(a, b), jnp.minimum(a, b))
-    return jnp.where(differ | (a <= MANY) | (b <= MANY), MANY, one)
-
-
-def _function_of(labels: Any) -> Any:
-    """The labels of a function of each entry alone."""
-    return labels & ~1
-
-
-def _is_itself(labels: Array) -> Array:
-    return (labels & 1) == 1
-
-
-def _exact(labels: Any) -> Any:
-    """Those of an integer or a boolean: what is given has no derivative."""
-    if isinstance(labels, int):
-        return EXACT if labels == GIVEN else labels
-    return jnp.where(labels == GIVEN, EXACT, labels)
-
-
-def _if_decided(chosen: Any, joined: Any) -> Any:
-    """`chosen`, where no other entry of the unknown had a say in the choice."""
-    if isinstance(chosen, int) or (isinstance(joined, int) and joined == MANY):
-        return joined
-    return jnp.where(joined == _function_of(chosen), chosen, joined)
+    return [_labels.join([x.labels for x in operands])]
 
 
 def _moving(*data: int) -> Callable:
@@ -194,30 +122,14 @@ def _moving(*data: int) -> Callable:
         deciding = [x for i, x in enumerate(operands) if i not in places]
         if any(not isinstance(x.labels, int) or x.labels == MANY for x in deciding):
             return [MANY] * len(eqn.outvars)
-        shared = _shared(moved)
+        shared = _labels.shared(moved)
         if shared is not None:
             return [shared] * len(eqn.outvars)
-        arrays = [_full(x) if i in places else x.value for i, x in enumerate(operands)]
+        arrays = [_labels.full(x) if i in places else x.value for i, x in enumerate(operands)]
         out = eqn.primitive.bind(*arrays, **eqn.params)
         return list(out) if eqn.primitive.multiple_results else [out]
 
     return rule
-
-
-def _shared(arrays: list[Labelled]) -> int | None:
-    """The one label of all entries of all of them, if there is one."""
-    first = arrays[0].labels
-    same = isinstance(first, int) and all(
-        isinstance(x.labels, int) and x.labels == first for x in arrays
-    )
-    return first if same else None
-
-
-def _full(x: Labelled) -> Array:
-    """The labels as an array."""
-    if isinstance(x.labels, int):
-        return jnp.full_like(x.value, x.labels, dtype=jnp.int32)
-    return x.labels
 
 
 def _scatter_into(eqn: jec.JaxprEqn, operands: list[Labelled]) -> list:
@@ -234,15 +146,15 @@ def _scatter_into(eqn: jec.JaxprEqn, operands: list[Labelled]) -> list:
 
 def _select(eqn: jec.JaxprEqn, operands: list[Labelled]) -> list:
     which, *cases = operands
-    shared = _shared(cases)
+    shared = _labels.shared(cases)
     if shared is not None and isinstance(which.labels, int):
         return [min(shared, which.labels)]
-    labels = [_full(x) for x in cases]
+    labels = [_labels.full(x) for x in cases]
     index = which.value
     chosen = lax.select_n(index, *labels)
-    out = _if_decided(chosen, _join([chosen, which.labels]))
+    out = _labels.if_decided(chosen, _labels.join([chosen, which.labels]))
     same = functools.reduce(jnp.logical_and, [x == chosen for x in labels])
-    return [jnp.where(same & _is_itself(chosen), chosen, out)]
+    return [jnp.where(same & _labels.is_itself(chosen), chosen, out)]
 
 
 def _extreme(beats: Callable) -> Callable:
@@ -250,26 +162,26 @@ def _extreme(beats: Callable) -> Callable:
 
     def rule(eqn: jec.JaxprEqn, operands: list[Labelled]) -> list:
         a, b = operands
-        joined = _join([a.labels, b.labels])
+        joined = _labels.join([a.labels, b.labels])
         second = jnp.where(beats(b.value, a.value), b.labels, MANY)
         chosen = jnp.where(beats(a.value, b.value), a.labels, second)
-        return [_if_decided(chosen, joined)]
+        return [_labels.if_decided(chosen, joined)]
 
     return rule
 
 
 def _clamp(eqn: jec.JaxprEqn, operands: list[Labelled]) -> list:
     low, x, high = operands
-    joined = _join([x.labels, low.labels, high.labels])
+    joined = _labels.join([x.labels, low.labels, high.labels])
     within = (x.value > low.value) & (x.value < high.value)
-    return [_if_decided(jnp.where(within, x.labels, MANY), joined)]
+    return [_labels.if_decided(jnp.where(within, x.labels, MANY), joined)]
 
 
 def _neutral(number: int, *places: int) -> Callable:
     """Arithmetic that hands on an operand where the other, at one of `places`, is `number`."""
 
     def rule(eqn: jec.JaxprEqn, operands: list[Labelled]) -> list:
-        out = _join([x.labels for x in operands])
+        out = _labels.join([x.labels for x in operands])
         for place in places:
             operand, other = operands[1 - place], operands[place]
             known = not isinstance(other.value, Tracer)
@@ -294,7 +206,7 @@ def _custom(eqn: jec.JaxprEqn, operands: list[Labelled]) -> list:
 def _convert(eqn: jec.JaxprEqn, operands: list[Labelled]) -> list:
     (operand,), (out,) = operands, eqn.outvars
     same = jnp.result_type(operand.value) == out.aval.dtype  # pyright: ignore[reportAttributeAccessIssue]
-    return [operand.labels if same else _function_of(operand.labels)]
+    return [operand.labels if same else _labels.function_of(operand.labels)]
 
 
 def _cond(eqn: jec.JaxprEqn, operands: list[Labelled]) -> list:
@@ -307,7 +219,7 @@ def _cond(eqn: jec.JaxprEqn, operands: list[Labelled]) -> list:
             out.append(fallback)
             continue
         same = functools.reduce(jnp.logical_and, [x.labels == first for x in results])
-        out.append(jnp.where(same & _is_itself(first), first, MANY))
+        out.append(jnp.where(same & _labels.is_itself(first), first, MANY))
     return out
 
 
@@ -340,9 +252,9 @@ def _rounds(
     labels of that carry take the place of those of the unknown.
     """
     n, own = 0, []
-    for x in start:
-        own.append(_own(jnp.asarray(x.value), n) if _is_inexact(x.value) else MANY)
-        n += np.size(x.value)
+    for value in (jnp.asarray(x.value) for x in start):
+        own.append(_labels.own(value, n) if jnp.issubdtype(value.dtype, jnp.inexact) else MANY)
+        n += value.size
     given = [Labelled(x.value, x.labels if isinstance(x.labels, int) else MANY) for x in fixed]
     carry = [Labelled(x.value, labels) for x, labels in zip(start, own, strict=True)]
     after = _label(body, [*given, *carry, *slices])
@@ -353,25 +265,18 @@ def _rounds(
     return out
 
 
-def _is_inexact(x: Any) -> bool:
-    return jnp.issubdtype(jnp.result_type(x), jnp.inexact)
-
-
 _CALLS = {
     **dict.fromkeys(("jit", "pjit", "checkpoint", "remat", "remat2"), "jaxpr"),
     **dict.fromkeys(("closed_call", "core_call"), "call_jaxpr"),
 }
 
-_MOVING = {
+_RULES = {
     **dict.fromkeys(("reshape", "squeeze", "expand_dims", "broadcast_in_dim"), _moving(0)),
     **dict.fromkeys(("transpose", "rev", "slice", "dynamic_slice", "gather"), _moving(0)),
     **dict.fromkeys(("split", "unstack", "tile"), _moving(0)),
     **dict.fromkeys(("concatenate", "stack", "pad"), _moving()),
     "dynamic_update_slice": _moving(0, 1),
     "scatter": _moving(0, 2),
-}
-_RULES = {
-    **_MOVING,
     **dict.fromkeys(("scatter-add", "scatter-sub", "scatter-mul", "scatter_mul"), _scatter_into),
     "convert_element_type": _convert,
     "select_n": _select,

@@ -17,9 +17,10 @@ from jaxtyping import Bool, PyTree
 from ._axes import coupled_axes, subjaxprs
 from ._call import Call, is_array, split_call, Static
 from ._entries import carried_entries
+from ._flow import dependencies
 from ._key import fingerprint
 from ._match import match
-from ._roles import assign_roles, dependencies, Roles
+from ._roles import assign_roles, Roles
 from ._table import Leaf, Structure
 
 

@@ -5,8 +5,8 @@ from typing import Any
 
 import jax
 from jax import lax
+from jax.core import eval_jaxpr
 from jax.custom_batching import custom_vmap
-from jax.extend.core import jaxpr_as_fun
 
 from ._base import LinearSolution, Operator, Vector
 
@@ -27,16 +27,18 @@ def by_batch(
     `in_turn`: on a CPU a batch is solved one by one.
     """
     closed = jax.make_jaxpr(A)(b)
+    jaxpr, consts = closed.jaxpr, closed.consts
+    del closed  # the rule outlives this trace, and must not hold its tracers
 
     # What `A` reads is an argument, so that a batch of it is seen.
     def of(solve: Solve) -> Callable[[list, Vector], LinearSolution]:
         return lambda consts, b: solve(lambda v: closed_over(consts, v), b)
 
     def closed_over(consts: list, v: Vector) -> Vector:
-        return jaxpr_as_fun(closed.replace(consts=consts))(*v)
+        return eval_jaxpr(jaxpr, consts, *v)
 
-    chosen = _choose(*map(of, (single, shared, batched)), in_turn)
-    return chosen(closed.consts, b)
+    chosen = _choose(of(single), of(shared), of(batched), in_turn)
+    return chosen(consts, b)
 
 
 def _choose(single: Callable, shared: Callable, batched: Callable, in_turn: bool) -> Callable:

@@ -1,0 +1,55 @@
+"""Equations of a jaxpr, one by one."""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.extend.core as jec
+from jax.core import eval_jaxpr
+
+# Operations that return their operands.
+COPIES = (
+    "copy",
+    "copy_p",
+    "device_put",
+    "layout_constraint",
+    "mesh_cast",
+    "name",
+    "optimization_barrier",
+    "reshard",
+    "sharding_constraint",
+)
+
+
+def opened(jaxpr: jec.Jaxpr | jec.ClosedJaxpr) -> jec.Jaxpr:
+    """The jaxpr without its constants."""
+    return jaxpr.jaxpr if isinstance(jaxpr, jec.ClosedJaxpr) else jaxpr
+
+
+@functools.cache
+def _empty() -> jec.Jaxpr:
+    return jax.make_jaxpr(lambda: ())().jaxpr
+
+
+def alone(eqn: jec.JaxprEqn) -> tuple[Callable[[list], list], list[Any]]:
+    """One equation as a function of its variables, and those."""
+    variables = list(dict.fromkeys(v for v in eqn.invars if not isinstance(v, jec.Literal)))
+    empty = _empty()
+    # By name: older versions of JAX do not export the class of a result that is not used.
+    results = [jec.Var(v.aval) if type(v).__name__ == "DropVar" else v for v in eqn.outvars]
+    eqns = [eqn.replace(outvars=results)]
+    names = empty.debug_info.with_unknown_names()
+    jaxpr = empty.replace(
+        constvars=[], invars=variables, outvars=results, eqns=eqns, debug_info=names
+    )
+    return lambda operands: eval_jaxpr(jaxpr, (), *operands), variables
+
+
+def apply(eqn: jec.JaxprEqn, operands: Sequence[Any]) -> list:
+    """The results of one equation."""
+    call, variables = alone(eqn)
+    given = {
+        v: x for v, x in zip(eqn.invars, operands, strict=True) if not isinstance(v, jec.Literal)
+    }
+    return call([given[v] for v in variables])
