@@ -56,12 +56,15 @@ def matrix_free(A: Operator, b: Vector, epsilon: float) -> LinearSolution:
     def attempt(carry: tuple) -> tuple:
         k, out = carry
         # A loop of one round at most is a conditional that vmap does not turn into a select.
-        take_over = lambda _: (jnp.zeros((), bool), krylov())
+        take_over = lambda carry: (jnp.zeros((), bool), krylov(carry[1]))
         _, start = lax.while_loop(lambda c: c[0], take_over, (k == 1, out.value))
         return k + 1, bounded(A, b, start, epsilon, max_steps=limit)
 
-    def krylov() -> Vector:
-        return with_auto_axes(functools.partial(products, rtol=rtol, max_steps=limit), A, b)
+    def krylov(start: Vector) -> Vector:
+        try:
+            return with_auto_axes(functools.partial(products, rtol=rtol, max_steps=limit), A, b)
+        except (ValueError, NotImplementedError):
+            return start  # JAX transposes `A` there, and a map that holds a `while_loop` cannot be
 
     rtol, limit = default_rtol(b[0].dtype), min(10 * size(b), 1000)
     zero = jnp.zeros((), b[0].dtype)
