@@ -113,3 +113,12 @@ def test_bad_scales_do_no_harm(scale, solver):
 
     gradient = jax.grad(loss)(jnp.ones(2, jnp.float32))
     np.testing.assert_allclose(gradient, 2 * scale, rtol=1e-4)
+
+
+def test_an_equation_without_unknowns_leaves_its_unknown_to_the_guess():
+    """Of `x_i = x_i` the tangent is 0, not that of least norm; `0 = 1` is no equation."""
+    A = jnp.array([[0.0, 0.0], [1.0, 2.0]])
+    out = ij.DenseLU().solve(lambda v: [A @ v[0]], [jnp.array([0.0, 4.0])])
+    assert out.trusted
+    np.testing.assert_allclose(out.value[0], [0.0, 2.0])
+    assert not ij.DenseLU().solve(lambda v: [A @ v[0]], [jnp.array([1.0, 4.0])]).trusted

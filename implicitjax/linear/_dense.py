@@ -73,6 +73,9 @@ def factorise(A: Operator, b: Vector, epsilon: float) -> LinearSolution:
     """`A u = b` by a factorisation. Each call of LAPACK needs the result of the one before."""
     matrix, rhs = materialise(A, b), _ravel(b)
     n, digits = rhs.size, epsilon ** (1 / 3)
+    # An equation without unknowns: of `x_i = x_i` the guess alone has decided `x_i`.
+    decided = jnp.all(matrix == 0, axis=1)
+    matrix = matrix + jnp.diag(decided.astype(rhs.dtype))
     factors = jax.scipy.linalg.lu_factor(matrix)
     u = jax.scipy.linalg.lu_solve(factors, rhs)
     # `A = I - J` may have cancelled what its entries were formed with.
@@ -93,7 +96,8 @@ def factorise(A: Operator, b: Vector, epsilon: float) -> LinearSolution:
     start = (~regular & jnp.all(jnp.isfinite(matrix)), u, regular)
     _, u, trusted = lax.while_loop(lambda carry: carry[0], gauge, start)
     norm_b = jnp.linalg.norm(rhs)
-    residual = jnp.linalg.norm(rhs - matrix @ u) / jnp.where(norm_b > 0, norm_b, 1.0)
+    left = rhs - jnp.where(decided, 0.0, matrix @ u)
+    residual = jnp.linalg.norm(left) / jnp.where(norm_b > 0, norm_b, 1.0)
     return LinearSolution(
         value=_unravel(u, b),
         residual=residual,
