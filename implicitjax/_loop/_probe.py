@@ -68,15 +68,17 @@ def turn_aside(
     It lies along the residual `r`, which holds more of a slow mode than a random direction, and
     where that shows nothing a few tolerances towards zero, which most domains of a map admit.
     """
-    shown = now.residual > now.roundoff
-    stretch = lax.squeeze(lax.select(shown, _ASIDE / now.residual, 0 * now.roundoff), (0,))
+    shown = now.residual > 0  # the norm may be 0 where `r`, computed once more, is not
+    stretch = lax.squeeze(lax.select(shown, _ASIDE / now.residual, jnp.zeros_like(now.dx)), (0,))
+    farthest = 2 * _ASIDE * _tree.size(x) ** 0.5  # twice what one entry can be of that
 
     def aside(ahead: Array, xi: Array, ri: Array, ui: Array) -> Array:
         along = _tree.widen(ri, ui.dtype)
         still = (_ASIDE * ui).astype(along.dtype)
         still = lax.select(xi == 0, still, -still * jnp.sign(xi).astype(along.dtype))
         moved = along * stretch.astype(along.dtype)
-        moved = lax.select(moved == 0, still, moved)
+        astray = (moved == 0) | ~(jnp.abs(moved).astype(ui.dtype) <= farthest * ui)
+        moved = lax.select(astray, still, moved)
         return lax.select(probing, xi + moved.astype(xi.dtype), ahead)
 
     return list(map(aside, ahead, x, r, unit))
