@@ -173,9 +173,9 @@ def test_a_derivative_where_there_is_none_is_nan_in_its_lane_alone():
 
 def test_an_adjoint_solve_that_ran_out_of_steps_is_an_error():
     W = jnp.asarray(np.random.default_rng(0).normal(size=(40, 40))) / 8
-    adjoint = ij.ImplicitAdjoint(linear_solver=ij.GMRES(restart=2, max_steps=2))
 
-    def solve(b, policy):
+    def solve(b, policy, steps=2):
+        adjoint = ij.ImplicitAdjoint(linear_solver=ij.GMRES(restart=steps, max_steps=steps))
         return ij.implicit_fixed_point(
             lambda z: jnp.tanh(W @ z + b), jnp.zeros(40), adjoint=adjoint, on_failure=policy
         ).value.sum()
@@ -183,4 +183,7 @@ def test_an_adjoint_solve_that_ran_out_of_steps_is_an_error():
     with pytest.raises(Exception, match="relative residual"):
         jax.block_until_ready(jax.grad(solve)(jnp.ones(40), "raise"))
     assert jnp.isnan(jax.grad(solve)(jnp.ones(40), "nan")).all()
-    assert jnp.isfinite(jax.grad(solve)(jnp.ones(40), "return")).all()
+    # What leaves a tenth of the right-hand side or more is no derivative.
+    assert jnp.isnan(jax.grad(solve)(jnp.ones(40), "return")).all()
+    assert jnp.isnan(jax.grad(solve)(jnp.ones(40), "nan", 6)).all()
+    assert jnp.isfinite(jax.grad(solve)(jnp.ones(40), "return", 6)).all()
