@@ -159,7 +159,7 @@ def run(report: Report) -> None:
     report.topic("compiled", "compiled value and gradient beside a solve by hand, float32")
     optx, jaxopt = optional("optimistix", report), optional("jaxopt", report)
     report.note("by hand: Picard by lax.while_loop with the evaluations of ours, and a custom_vjp")
-    report.note(f"with the adjoint of ours: dense up to {DENSE_LIMIT} unknowns, GMRES above")
+    report.note(f"with an adjoint by JAX: dense up to {DENSE_LIMIT} unknowns, GMRES above")
     others = [name for name, library in (("optimistix", optx), ("jaxopt", jaxopt)) if library]
     names = ["Picard", "Anderson", *others]
 

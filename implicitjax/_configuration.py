@@ -122,7 +122,7 @@ def _is_ours(method: Any) -> bool:
 
     def of_package(tree: Any) -> bool:
         kind = (tree.node_data() or (type(None),))[0]
-        ours = kind is type(None) or kind.__module__.split(".")[0] == __name__.split(".")[0]
+        ours = kind is type(None) or kind.__module__.split(".")[0] == _PACKAGE
         return ours and all(map(of_package, tree.children()))
 
     leaves, tree = jax.tree.flatten(method)

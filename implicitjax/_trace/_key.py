@@ -15,9 +15,10 @@ import jax
 import jax.extend.core as jec
 import jax.numpy as jnp
 import numpy as np
-from jax.core import eval_jaxpr, Tracer
+from jax.core import Tracer
 
 from .._tree import SMALL
+from ._equation import alone
 from ._exact import exact, Identity
 
 _known: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
@@ -75,7 +76,7 @@ def fingerprint(jaxpr: jec.Jaxpr, above: tuple = ()) -> _Node:
     for eqn in jaxpr.eqns:
         operands = tuple(atom(v) for v in eqn.invars)
         results = tuple((atom(v), exact(v.aval)) for v in eqn.outvars)
-        params = _parameters(jaxpr, eqn, above)
+        params = _parameters(eqn, above)
         body.append((eqn.primitive.name, operands, results, params, _context(eqn)))
     outputs = tuple(atom(v) for v in jaxpr.outvars)
     out = _Node((len(jaxpr.constvars), tuple(head), tuple(body), outputs))
@@ -104,7 +105,7 @@ _WITH_RULE = (
 )
 
 
-def _parameters(jaxpr: jec.Jaxpr, eqn: jec.JaxprEqn, above: tuple) -> tuple:
+def _parameters(eqn: jec.JaxprEqn, above: tuple) -> tuple:
     if eqn.primitive.name not in _WITH_RULE:
         return _fields(eqn.params, above)
     value = _fields({k: v for k, v in eqn.params.items() if _is_jaxpr(v)}, above)
@@ -115,7 +116,7 @@ def _parameters(jaxpr: jec.Jaxpr, eqn: jec.JaxprEqn, above: tuple) -> tuple:
         return (value, Identity(eqn.params))
     # A rule is a Python function made anew by every trace, so it is known by what it does.
     try:
-        programs = (_batches if by_vmap else _derivatives)(_Single(jaxpr, eqn))
+        programs = (_batches if by_vmap else _derivatives)(_Single(eqn))
         return (value, tuple(program_key(p, (*above, value)) for p in programs))
     except Exception:  # whatever the user's rule raises here, it will raise where it is used
         return (value, Identity(eqn.params))
@@ -128,19 +129,14 @@ def _fields(params: dict[str, Any], above: tuple) -> tuple:
 class _Single:
     """One equation as a function of its operands, those that are no literals."""
 
-    def __init__(self, jaxpr: jec.Jaxpr, eqn: jec.JaxprEqn):
-        variables = list(dict.fromkeys(v for v in eqn.invars if not isinstance(v, jec.Literal)))
-        # By name: older versions of JAX do not export the class of a result that is not used.
-        used = [v for v in eqn.outvars if type(v).__name__ != "DropVar"]
-        names = jaxpr.debug_info.with_unknown_names()
+    def __init__(self, eqn: jec.JaxprEqn):
         self.eqn = eqn
-        self.jaxpr = jaxpr.replace(
-            constvars=[], invars=variables, outvars=used, eqns=[eqn], debug_info=names
-        )
-        self.operands, self.results = ([_struct(v.aval) for v in vs] for vs in (variables, used))
+        self.call, variables = alone(eqn)
+        self.operands = [_struct(v.aval) for v in variables]
+        self.results = [_struct(v.aval) for v in eqn.outvars]
 
     def __call__(self, *operands: Any) -> list:
-        return eval_jaxpr(self.jaxpr, (), *operands)
+        return self.call(list(operands))
 
 
 def _derivatives(call: _Single) -> Iterator[jec.ClosedJaxpr]:

@@ -7,7 +7,7 @@ from jax import lax
 
 from .._check import positive_int
 from .._tree import explicitly_sharded, size
-from ._base import default_rtol, Iterative, LinearSolution, Operator, Vector, with_auto_axes
+from ._base import default_rtol, LinearSolution, Operator, PrecisionAware, Vector, with_auto_axes
 from ._bicgstab import products
 from ._bounded import bounded
 from ._by_batch import by_batch
@@ -17,7 +17,7 @@ from ._dense import factorise
 _SINGLE = 64
 
 
-class AutoLinearSolver(Iterative):
+class AutoLinearSolver(PrecisionAware):
     """A dense factorisation where that is cheap, else the iteration that solves the value.
 
     - One right-hand side: `DenseLU()` up to 64 unknowns.

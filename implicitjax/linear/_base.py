@@ -1,4 +1,4 @@
-"""What a linear solver is: `(A, b) -> u` together with a measured residual."""
+"""What a linear solver is: `(A, b) -> u`, with what is known of the error of `u`."""
 
 import abc
 import dataclasses
@@ -23,11 +23,11 @@ class LinearSolution(eqx.Module):
     """A solution `u` of `A u = b`, with what is known of its quality.
 
     - `value`: `u`, a list of real arrays like `b`.
-    - `residual`: `|b - A u| / |b|`, measured with one more product, never assumed.
+    - `residual`: `|b - A u| / |b|`, measured.
     - `tolerance`: the residual up to which `u` may be trusted; infinite where the caller
       asked for an approximation.
     - `condition`: a lower bound of the condition number of `A`, or an estimate of it.
-    - `trusted`: whether `u` is good to a third of the digits of its dtype at least.
+    - `trusted`: whether the error of `u` is within what the method promises.
     """
 
     value: Vector
@@ -55,7 +55,7 @@ class AbstractLinearSolver(eqx.Module):
         """Returns `u` with `A u = b`, and the residual that it leaves."""
 
 
-class Iterative(AbstractLinearSolver):
+class PrecisionAware(AbstractLinearSolver):
     """A method that knows how precise products with `A` are.
 
     - `epsilon`: the round-off of products with `A`, `None` for that of the dtype; set by the rule.
@@ -63,7 +63,7 @@ class Iterative(AbstractLinearSolver):
 
     epsilon: float | None = eqx.field(static=True, default=None, kw_only=True, repr=False)
 
-    def at_precision(self, epsilon: float) -> "Iterative":
+    def at_precision(self, epsilon: float) -> "PrecisionAware":
         """The same method, where products with `A` have the round-off `epsilon`."""
         return dataclasses.replace(self, epsilon=epsilon)
 

@@ -8,16 +8,16 @@ from .._check import nonnegative, positive_int
 from .._tree import size
 from ._base import (
     default_rtol,
-    Iterative,
     LinearSolution,
     Operator,
+    PrecisionAware,
     Vector,
     with_auto_axes,
 )
 from ._bounded import judged
 
 
-class BiCGStab(Iterative):
+class BiCGStab(PrecisionAware):
     """The stabilised biconjugate gradient method (van der Vorst, 1992).
 
     Keeps eight vectors whatever the number of steps, two products a step; less robust than

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Bool, Float
 
-from ._base import Iterative, LinearSolution, Operator, probe, Vector
+from ._base import LinearSolution, Operator, PrecisionAware, probe, Vector
 from ._by_batch import by_batch
 
 
@@ -34,7 +34,7 @@ def _unravel(flat: Float[Array, " n"], like: Vector) -> Vector:
     return out
 
 
-class DenseLU(Iterative):
+class DenseLU(PrecisionAware):
     """Forms `A`, factorises it with partial pivoting, refines once and measures the error.
 
     The measure is what two samples of a perturbation do, of one unit of round-off in every

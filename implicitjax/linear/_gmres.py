@@ -6,16 +6,16 @@ from .._check import nonnegative, positive_int
 from .._tree import size
 from ._base import (
     default_rtol,
-    Iterative,
     LinearSolution,
     Operator,
+    PrecisionAware,
     Vector,
     with_auto_axes,
 )
 from ._bounded import judged
 
 
-class GMRES(Iterative):
+class GMRES(PrecisionAware):
     """The generalised minimal residual method, restarted (Saad and Schultz, 1986).
 
     Matrix-free: it needs products alone, keeps `restart` vectors, and works on the leaves

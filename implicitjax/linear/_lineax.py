@@ -5,11 +5,18 @@ from typing import Any
 
 import jax
 
-from ._base import AbstractLinearSolver, default_rtol, Iterative, LinearSolution, Operator, Vector
+from ._base import (
+    AbstractLinearSolver,
+    default_rtol,
+    LinearSolution,
+    Operator,
+    PrecisionAware,
+    Vector,
+)
 from ._bounded import judged
 
 
-class Lineax(Iterative):
+class Lineax(PrecisionAware):
     """Wraps a solver of Lineax (Rader, Lyons and Kidger, 2023); its error is measured.
 
     - `solver`: a `lineax.AbstractLinearSolver` for square operators without further structure,

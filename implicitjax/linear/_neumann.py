@@ -7,16 +7,16 @@ from .._check import damping_factor, nonnegative, positive_int
 from .._tree import axpy, inner, sub
 from ._base import (
     default_rtol,
-    Iterative,
     LinearSolution,
     measured,
     Operator,
+    PrecisionAware,
     Vector,
 )
 from ._bounded import judged
 
 
-class Neumann(Iterative):
+class Neumann(PrecisionAware):
     """The damped Neumann series `u = sum_k d (I - d A)^k b`.
 
     With `A = I - J` and `d = 1` it is `u = sum_k J^k b`, which is the backward pass of a
