@@ -93,11 +93,13 @@ def iterate(
     solver: AbstractSolver,
     tolerances: Tolerances,
     settings: Settings,
+    known: tuple[list, list] | None = None,
 ) -> tuple[list, Outcome]:
     """Iterates `x = f(x)` from `x0` until the estimated error is within the tolerance.
 
     `x0` is a list of inexact arrays and `f` maps such lists to such lists. Returns the last
-    iterate (the best one, if it failed and `keep_best`) and the outcome.
+    iterate (the best one, if it failed and `keep_best`) and the outcome. `known` is an iterate whose
+    value is known: beside it the first evaluation is a sample of the error, see `_number.py`.
     """
     watched = settings.history or settings.progress is not None or not settings.early_stop
     rarely = solver.steady and not watched
@@ -128,7 +130,7 @@ def iterate(
     def running(s: State) -> Bool[Array, ""]:
         return (s.code <= RUNNING) & unfinished(s)
 
-    state = _start(x0, solver, tolerances, settings)
+    state = _start(x0, solver, tolerances, settings, known or (x0, x0))
     if settings.early_stop:
         state = lax.while_loop(running, body, state)
     else:
@@ -137,15 +139,21 @@ def iterate(
     return finish(state, tolerances, settings)
 
 
-def _start(x0: list, solver: AbstractSolver, tolerances: Tolerances, settings: Settings) -> State:
+def _start(
+    x0: list,
+    solver: AbstractSolver,
+    tolerances: Tolerances,
+    settings: Settings,
+    known: tuple[list, list],
+) -> State:
     """The state before the first evaluation."""
     dtype, step = _tree.accumulation_dtype(x0), jnp.full((), -1, jnp.int32)
     history = None
     if settings.history:
         history = jnp.zeros((settings.max_steps + 1, len(tolerances.epsilons)), dtype)
     return State(
-        x=x0,
-        fx=None if solver.steps_to_value else x0,
+        x=known[0],
+        fx=None if solver.steps_to_value else known[1],
         ahead=x0,
         memory=solver.init(x0),
         step=step,

@@ -59,7 +59,8 @@ class Seen(NamedTuple):
       before.
     - `sample`: the largest sample since `mark_at`; `before`: the largest from `earlier_at` until
       then. 0 where there was none.
-    - `most`: the largest sample of all, by which round-off is amplified.
+    - `most`: the largest sample of all, or the least that a lost one can have been, by which
+      round-off is amplified.
     - `last`, `mean`: the factor of the last step, and the mean one since `earlier_at`.
     - `error`: the estimated error; NaN or infinite where nothing is known of it.
     - `best`, `best_at`: the least residual, and its step.
@@ -112,7 +113,10 @@ def see(seen: Seen, step: Int[Array, ""], now: Measured, sampled: bool) -> Seen:
         new = take_sample(now.dx, now.dr, now.roundoff)
         before = lax.select(turn, sample, before)
         sample = lax.select(turn, new, jnp.maximum(sample, new))
-        most = jnp.maximum(most, new)
+        # A step whose residuals differ by round-off alone amplified that at least so much.
+        lost = ABOVE * now.roundoff
+        least = lax.select(lost > 0, now.dx / jnp.maximum(now.dr, lost), new)
+        most = jnp.maximum(most, least)
     better = now.residual < seen.best
     new = Seen(
         residual=now.residual,

@@ -40,13 +40,13 @@ def settle(
 ) -> tuple[Int[Array, ""], Seen]:
     """The code, where quiet leaves ask for a probe, and after one whether what was probed holds.
 
-    Of a guess nothing is known but by the probe: it is a sample of the error.
+    Of a guess nothing else is known: the probe is a sample of the error.
     """
     unproved = (seen.at == 0) & _number.small(now.residual, now.roundoff)
     ask = quiet & ((code == CONVERGED) | unproved)
     dr = now.dr if sampled else now.residual - old.residual
     sample = _number.take_sample(now.dx, dr, now.roundoff)
-    error = sample * jnp.maximum(old.residual, now.roundoff)
+    error = jnp.maximum(sample, old.sample) * jnp.maximum(old.residual, now.roundoff)
     met = (sample > 0) & _number.within(error, old.residual, now.roundoff)
     met = probed & ~quiet & (met | (old.at > 0))
     known = lax.select(old.at > 0, old.error, error)

@@ -14,7 +14,7 @@ from ._base import (
     Vector,
     with_auto_axes,
 )
-from ._bounded import judged
+from ._bounded import polished
 
 
 class BiCGStab(PrecisionAware):
@@ -22,7 +22,7 @@ class BiCGStab(PrecisionAware):
 
     Keeps eight vectors whatever the number of steps, two products a step; less robust than
     `GMRES`. The method is `jax.scipy.sparse.linalg.bicgstab`; its error is measured, see
-    `judged`.
+    `polished`.
 
     - `rtol`: the relative residual to reach; `None` for `eps^(2/3)` of the dtype. The
       result is trusted if its error is within ten times that.
@@ -45,7 +45,7 @@ class BiCGStab(PrecisionAware):
 
         solve = functools.partial(products, rtol=rtol, max_steps=max_steps)
         u = with_auto_axes(solve, A, b)
-        return judged(A, b, u, self.round_off(b), rtol)
+        return polished(A, b, u, self.round_off(b), rtol)
 
 
 def products(A: Operator, b: Vector, rtol: float, max_steps: int) -> Vector:

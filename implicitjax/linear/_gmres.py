@@ -12,7 +12,7 @@ from ._base import (
     Vector,
     with_auto_axes,
 )
-from ._bounded import judged
+from ._bounded import polished
 
 
 class GMRES(PrecisionAware):
@@ -21,7 +21,7 @@ class GMRES(PrecisionAware):
     Matrix-free: it needs products alone, keeps `restart` vectors, and works on the leaves
     as they lie, so that nothing is gathered on a mesh. The method is
     `jax.scipy.sparse.linalg.gmres`; it reports no status, so its error is
-    measured, see `judged`.
+    measured, see `polished`.
 
     - `rtol`: the relative residual to reach; `None` for `eps^(2/3)` of the dtype. The
       result is trusted if its error is within ten times that.
@@ -58,4 +58,4 @@ class GMRES(PrecisionAware):
             )[0]
 
         u = with_auto_axes(solve, A, b)
-        return judged(A, b, u, self.round_off(b), rtol)
+        return polished(A, b, u, self.round_off(b), rtol)

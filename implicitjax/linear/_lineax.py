@@ -13,7 +13,7 @@ from ._base import (
     PrecisionAware,
     Vector,
 )
-from ._bounded import judged
+from ._bounded import polished
 
 
 class Lineax(PrecisionAware):
@@ -36,7 +36,7 @@ class Lineax(PrecisionAware):
         operator = lineax.FunctionLinearOperator(A, like)
         u = lineax.linear_solve(operator, b, self.solver, throw=False).value
         rtol = getattr(self.solver, "rtol", default_rtol(b[0].dtype))
-        return judged(A, b, u, self.round_off(b), rtol)
+        return polished(A, b, u, self.round_off(b), rtol)
 
 
 def as_linear_solver(solver: Any) -> AbstractLinearSolver:

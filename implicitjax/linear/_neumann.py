@@ -13,7 +13,7 @@ from ._base import (
     PrecisionAware,
     Vector,
 )
-from ._bounded import judged
+from ._bounded import polished
 
 
 class Neumann(PrecisionAware):
@@ -64,7 +64,7 @@ class Neumann(PrecisionAware):
             return (squared > threshold) & jnp.isfinite(squared) & (k < self.max_steps)
 
         u, _, _ = lax.while_loop(unfinished, body, (first, inner(b, b), jnp.asarray(1)))
-        return judged(A, b, u, self.round_off(b), rtol)
+        return polished(A, b, u, self.round_off(b), rtol)
 
     def _next(self, A: Operator, b: Vector, u: Vector) -> tuple[Vector, Vector]:
         residual = sub(b, A(u))
