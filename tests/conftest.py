@@ -1,6 +1,7 @@
 """Strict JAX for every test: float64, no silent promotion of dtypes or ranks."""
 
 import os
+import pathlib
 
 # Compiling is most of what the tests do; LLVM's optimisation of tiny programs is not tested.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
@@ -13,11 +14,15 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 
-@pytest.fixture(autouse=True, scope="module")
+@pytest.fixture(autouse=True)
 def forget_programs():
-    """Each compiled program holds on to mappings of memory, of which Linux grants 65 530."""
+    """Each compiled program holds on to mappings of memory, of which Linux grants 65 530; who asks
+    for more is ended by a signal.
+    """
     yield
-    jax.clear_caches()
+    maps = pathlib.Path("/proc/self/maps")
+    if not maps.exists() or maps.read_bytes().count(b"\n") > 10_000:
+        jax.clear_caches()
 
 
 @pytest.fixture

@@ -98,8 +98,8 @@ def iterate(
     """Iterates `x = f(x)` from `x0` until the estimated error is within the tolerance.
 
     `x0` is a list of inexact arrays and `f` maps such lists to such lists. Returns the last
-    iterate (the best one, if it failed and `keep_best`) and the outcome. `known` is an iterate whose
-    value is known: beside it the first evaluation is a sample of the error, see `_number.py`.
+    iterate (the best one, if it failed and `keep_best`) and the outcome. `known` is an iterate with
+    its value: beside it the first evaluation is a sample of the error, see `_number.py`.
     """
     watched = settings.history or settings.progress is not None or not settings.early_stop
     rarely = solver.steady and not watched

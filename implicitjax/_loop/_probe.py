@@ -43,7 +43,8 @@ def settle(
     Of a guess nothing else is known: the probe is a sample of the error.
     """
     unproved = (seen.at == 0) & _number.small(now.residual, now.roundoff)
-    ask = quiet & ((code == CONVERGED) | unproved)
+    beside = (seen.at == 0) & (seen.sample > 0)  # a known iterate, far enough to be a sample
+    ask = (quiet & (code == CONVERGED)) | (unproved & (quiet | beside))
     dr = now.dr if sampled else now.residual - old.residual
     sample = _number.take_sample(now.dx, dr, now.roundoff)
     error = jnp.maximum(sample, old.sample) * jnp.maximum(old.residual, now.roundoff)

@@ -24,8 +24,8 @@ class BiCGStab(PrecisionAware):
     `GMRES`. The method is `jax.scipy.sparse.linalg.bicgstab`; its error is measured, see
     `polished`.
 
-    - `rtol`: the relative residual to reach; `None` for `eps^(2/3)` of the dtype. The
-      result is trusted if its error is within ten times that.
+    - `rtol`: the relative residual to reach, and the relative error of what is returned;
+      `None` for `eps^(2/3)` of the dtype.
     - `max_steps`: steps at the most; `None` for ten a number of the unknown, 1000 at the
       most.
     - `epsilon`: the round-off of products with `A`; set by the rule.

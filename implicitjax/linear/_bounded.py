@@ -6,9 +6,9 @@ from .. import _tree
 from .._loop import CONVERGED, iterate, Settings, Tolerances
 from .._packing import whole
 from ..solvers._anderson import Anderson
-from ._base import LinearSolution, measured, Operator, Vector
+from ._base import LinearSolution, Operator, Vector
 
-# So many steps tell the error of a solution, or it is not trusted.
+# The steps that the solution of another method gets, to tell its error and to take it away.
 _STEPS = 100
 _TINY = 1e-37  # no size is divided by less
 
@@ -53,8 +53,5 @@ def bounded(
 
 
 def polished(A: Operator, b: Vector, u: Vector, epsilon: float, rtol: float) -> LinearSolution:
-    """`bounded` from the `u` of another method, which may be a step or two from what it is worth.
-
-    A method that stops by its residual knows nothing of its error.
-    """
+    """`bounded` from the `u` of another method, which stops by its residual, not by its error."""
     return bounded(A, b, u, epsilon, rtol, _STEPS)

@@ -23,8 +23,8 @@ class GMRES(PrecisionAware):
     `jax.scipy.sparse.linalg.gmres`; it reports no status, so its error is
     measured, see `polished`.
 
-    - `rtol`: the relative residual to reach; `None` for `eps^(2/3)` of the dtype. The
-      result is trusted if its error is within ten times that.
+    - `rtol`: the relative residual to reach, and the relative error of what is returned;
+      `None` for `eps^(2/3)` of the dtype.
     - `restart`: vectors kept before the method starts anew.
     - `max_steps`: products at the most; `None` for ten a number of the unknown, 1000 at
       the most.

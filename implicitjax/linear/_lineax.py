@@ -22,8 +22,8 @@ class Lineax(PrecisionAware):
     - `solver`: a `lineax.AbstractLinearSolver` for square operators without further structure,
       such as `lineax.GMRES(...)` or `lineax.LU()`.
 
-    A solution is trusted if its error is within ten times the `rtol` of an iterative solver, or
-    `eps^(2/3)` of a direct one.
+    What is returned has an error within the `rtol` of an iterative solver, or `eps^(2/3)` of a
+    direct one.
     """
 
     solver: Any
