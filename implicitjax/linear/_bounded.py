@@ -6,7 +6,7 @@ from .. import _tree
 from .._loop import CONVERGED, iterate, Settings, Tolerances
 from .._packing import whole
 from ..solvers._anderson import Anderson
-from ._base import LinearSolution, Operator, Vector
+from ._base import LinearSolution, measured, Operator, Vector
 
 # The steps that the solution of another method gets, to tell its error and to take it away.
 _STEPS = 100
@@ -53,5 +53,16 @@ def bounded(
 
 
 def polished(A: Operator, b: Vector, u: Vector, epsilon: float, rtol: float) -> LinearSolution:
-    """`bounded` from the `u` of another method, which stops by its residual, not by its error."""
-    return bounded(A, b, u, epsilon, rtol, _STEPS)
+    """`bounded` from the `u` of another method, which stops by its residual, not by its error.
+
+    What ran out of steps before its residual was small is not trusted.
+    """
+    found, own = bounded(A, b, u, epsilon, rtol, _STEPS), measured(A, b, u)
+    reached = own.residual <= max(10 * rtol, epsilon ** (1 / 3))
+    return LinearSolution(
+        value=found.value,
+        residual=own.residual,
+        tolerance=found.tolerance,
+        condition=found.condition,
+        trusted=found.trusted & reached,
+    )
