@@ -55,7 +55,7 @@ def bounded(
 def polished(A: Operator, b: Vector, u: Vector, epsilon: float, rtol: float) -> LinearSolution:
     """`bounded` from the `u` of another method, which stops by its residual, not by its error.
 
-    What ran out of steps before its residual was small is not trusted.
+    What ran out of steps before its residual was small is not trusted: `residual` is that of `u`.
     """
     found, own = bounded(A, b, u, epsilon, rtol, _STEPS), measured(A, b, u)
     reached = own.residual <= max(10 * rtol, epsilon ** (1 / 3))
