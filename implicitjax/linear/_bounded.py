@@ -55,14 +55,15 @@ def bounded(
 def polished(A: Operator, b: Vector, u: Vector, epsilon: float, rtol: float) -> LinearSolution:
     """`bounded` from the `u` of another method, which stops by its residual, not by its error.
 
-    What ran out of steps before its residual was small is not trusted: `residual` is that of `u`.
+    What ran out of steps before its own residual was small is not trusted, and that residual told.
     """
     found, own = bounded(A, b, u, epsilon, rtol, _STEPS), measured(A, b, u)
-    reached = own.residual <= max(10 * rtol, epsilon ** (1 / 3))
+    enough = max(10 * rtol, epsilon ** (1 / 3))
+    reached = own.residual <= enough
     return LinearSolution(
         value=found.value,
-        residual=own.residual,
-        tolerance=found.tolerance,
+        residual=jnp.where(reached, found.residual, own.residual),
+        tolerance=jnp.where(reached, found.tolerance, enough),
         condition=found.condition,
         trusted=found.trusted & reached,
     )
