@@ -1,9 +1,12 @@
 """How a fixed point is differentiated: by the theorem, or through the iterations."""
 
-from typing import Literal
+import dataclasses
+from typing import Any, Literal
 
 import equinox as eqx
 
+from ._failures import first_failure
+from ._solution import DerivativeError
 from .linear import AbstractLinearSolver, AutoLinearSolver
 from .linear._lineax import as_linear_solver
 
@@ -42,4 +45,34 @@ class UnrolledAdjoint(AbstractAdjoint):
     The derivative is that of the last iterate, not of the fixed point, and reverse mode
     keeps all `max_steps` iterates in memory: a reference to compare with, or the way for a
     map whose fixed point is not regular. The steps are compiled as a scan.
+
+    The iterations drive the derivative from zero, as they drive the value from the guess, so that
+    it is about as far off as the residual that is left of the first one. From a guess so good that
+    more than a thousandth is left (in low precision, than `eps^(2/3)`) there is no derivative: a
+    `DerivativeError`, or NaN, as `on_failure` has it; under `"return"` it is what the steps made.
     """
+
+    @staticmethod
+    def may_be_left(epsilon: float) -> float:
+        """Of the first residual, where the round-off is `epsilon`."""
+        return max(1e-3, epsilon ** (2 / 3))
+
+
+@dataclasses.dataclass(frozen=True)
+class UnrolledFailure:
+    """Raises the error of an unrolled solve from a guess that was too good; a value, so that
+    programs compare equal.
+    """
+
+    def __call__(self, failed: Any, operands: dict[str, Any]) -> None:
+        """Called on the host with concrete numbers."""
+        info, lane = first_failure(failed, operands)
+        left = f"{float(info['left']):.2g}" if info["left"] < 1 else "all"
+        raise DerivativeError(
+            f"The unrolled solve has no derivative{lane}: it began so near the solution that "
+            f"{left} of the first residual was left; the derivative may lack as much.\n"
+            "  (a) Use `ImplicitAdjoint()`, whose derivative does not depend on the guess.\n"
+            "  (b) Start farther from the solution, or lower `rtol` and `atol`.\n"
+            'Pass `on_failure="return"` for the derivative of the steps that were taken, or "nan" '
+            "for NaN."
+        )

@@ -119,30 +119,45 @@ def _(primals: tuple, tangents: tuple) -> tuple[Array, Array]:
     return _poison(*primals), mark_failed([tangents[1]], primals[0])[0]
 
 
-@jax.custom_jvp
-def poison_derivative(failed: Bool[Array, ""], x: list, theta: list) -> list:
-    """`x`, whose derivative in `theta` is NaN if `failed`, also where it would be zero."""
+@functools.partial(jax.custom_jvp, nondiff_argnums=(4,))
+def poison_derivative(
+    failed: Bool[Array, ""],
+    operands: dict[str, Array],
+    x: list,
+    theta: list,
+    raiser: Callable[..., None] | None,
+) -> list:
+    """`x`, whose derivative in `theta` is NaN if `failed`, also where it would be zero; with a
+    `raiser` it is called with `operands` then, see `raise_if`.
+    """
     return x
 
 
 @poison_derivative.defjvp
-def _(primals: tuple, tangents: tuple) -> tuple[list, list]:
-    (failed, x, theta), (_, x_dot, theta_dot) = primals, tangents
+def _(raiser: Callable[..., None] | None, primals: tuple, tangents: tuple) -> tuple[list, list]:
+    (failed, operands, x, theta), (_, _, x_dot, theta_dot) = primals, tangents
+    tell = raiser and functools.partial(raise_if, raiser=raiser, operands=operands)
     moving = [t for t in theta_dot if t.dtype != jax.dtypes.float0]
-    marks = [m - t for m, t in zip(mark_failed(moving, failed), moving, strict=True)]
+    marked = mark_failed(moving, failed, tell)
+    marks = [m - t for m, t in zip(marked, moving, strict=True)]
     mark = functools.reduce(jnp.add, [jnp.sum(jnp.real(m)) for m in marks], jnp.zeros(()))
-    return poison_derivative(failed, x, theta), [t + mark.astype(t.dtype) for t in x_dot]
+    out = poison_derivative(failed, operands, x, theta, raiser)
+    return out, [t + mark.astype(t.dtype) for t in x_dot]
 
 
-def mark_failed(tangent: list, failed: Bool[Array, ""]) -> list:
+def mark_failed(
+    tangent: list, failed: Bool[Array, ""], tell: Callable[[Array], Array] | None = None
+) -> list:
     """The identity, which if `failed` makes NaN of all that is not zero, transposed too.
 
     Without it a solve that failed could pass on a tangent of zero, where the map happens
-    not to depend on the parameter at the guess.
+    not to depend on the parameter at the guess. `tell` hears first of what is to be marked, and
+    returns what is left to mark.
     """
 
     def solve(_: Callable, b: list) -> list:
         bad = failed & ~_tree.all_zero(b)
+        bad = bad if tell is None else bad | tell(bad)
         return [jnp.where(bad, jnp.nan, leaf).astype(leaf.dtype) for leaf in b]
 
     if not tangent:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import PyTree
 
 from . import _tree
-from ._adjoint import ImplicitAdjoint, UnrolledAdjoint
+from ._adjoint import ImplicitAdjoint, UnrolledAdjoint, UnrolledFailure
 from ._configuration import Configuration
 from ._failures import mark_failed, poison, poison_derivative
 from ._guess import Guess
@@ -127,7 +127,12 @@ def _fixed_point(
         x, outcome = find(theta, _tree.stop_gradient(x0), fixed)
         outcome = _tree.stop_gradient(outcome)
         if configuration.on_failure != "return":
-            x = poison_derivative(outcome.code != CONVERGED, x, theta)
+            start = _tree.stop_gradient(_tree.sub(F(theta, x0), x0))
+            left = outcome.numbers[0] / settings.norm(start)  # NaN from a solution
+            short = ~(left <= adjoint.may_be_left(_tree.epsilon(x0)))
+            told = UnrolledFailure() if configuration.on_failure == "raise" else None
+            failed = outcome.code != CONVERGED
+            x = poison_derivative(failed | short, {"left": left}, x, theta, told)
     else:
         assert isinstance(adjoint, ImplicitAdjoint)
         reads = tuple(tuple(position[j] for j in read) for read in roles.reads)

@@ -101,6 +101,27 @@ def test_23_a_failed_unrolled_lane_that_nothing_looks_at_is_harmless():
     np.testing.assert_allclose(found, [1 / 0.7**2, 0.0], rtol=1e-6)
 
 
+@pytest.mark.parametrize("mode", [jax.jacfwd, jax.grad])
+def test_23_an_unrolled_solve_from_the_solution_has_no_derivative(mode):
+    """`1 / (1 - rate)` from a guess at, or next to, the solution; the value is right."""
+    rate, solution = 0.3, 1 / 0.7
+    for guess in (solution, solution * (1 + 1e-9)):
+        np.testing.assert_allclose(unrolled(rate, guess), solution)
+        assert np.isnan(mode(unrolled)(rate, guess))
+        assert np.isnan(jax.jit(mode(unrolled))(rate, guess))
+
+        def raising(rate, guess=guess):
+            f = lambda x: rate * x + 1.0
+            options = {"solver": PICARD, "adjoint": UNROLLED, "max_steps": 30}
+            return ij.implicit_fixed_point(f, guess, **options).value
+
+        np.testing.assert_allclose(raising(rate), solution)
+        with pytest.raises(Exception, match="unrolled solve has no derivative"):
+            jax.block_until_ready(mode(raising)(rate))
+    near = mode(unrolled)(rate, solution * (1 + 1e-3))
+    np.testing.assert_allclose(near, 1 / 0.7**2, rtol=1e-6)
+
+
 @pytest.mark.parametrize("forward", [False, True])
 @pytest.mark.parametrize(
     "solver",
