@@ -1,8 +1,10 @@
 """Differentiable implicit solvers in JAX: solve `x = f(x, θ)` and differentiate the answer."""
 
 from ._adjoint import ImplicitAdjoint, UnrolledAdjoint
+from ._custom import custom_fixed_point, custom_root
 from ._fixed_point import implicit_fixed_point
 from ._layer import FixedPointLayer
+from ._root import implicit_root
 from ._solution import ConvergenceError, DerivativeError, Result, Solution, Stats
 from ._trace import Leaf, Structure
 from ._tree import rms_norm
@@ -43,7 +45,10 @@ __all__ = [
     "Stats",
     "Structure",
     "UnrolledAdjoint",
+    "custom_fixed_point",
+    "custom_root",
     "implicit_fixed_point",
+    "implicit_root",
     "rms_norm",
     "structure",
 ]

@@ -16,7 +16,7 @@ from ._check import nonnegative
 from ._configuration import configure
 from ._failures import first_failure, poison, public_error, raise_if
 from ._loop import CONVERGED, Outcome, RESULT_NAMES
-from ._solution import convergence_message, ConvergenceError, Solution, Stats
+from ._solution import convergence_message, ConvergenceError, held_message, Solution, Stats
 from ._solve import solve
 from ._trace import Problem, trace
 from ._trace._axes import refuse_coupled, refuse_varying
@@ -108,19 +108,48 @@ def implicit_fixed_point(
     2002, theorem 3.3.1; for automatic differentiation Christianson, *Optimization Methods
     and Software* 3, 1994.
     """
+    return find(
+        f, x0, args, solver=solver, adjoint=adjoint, rtol=rtol, atol=atol, max_steps=max_steps,
+        norm=norm, early_stop=early_stop, has_aux=has_aux, on_failure=on_failure, history=history,
+        progress=progress,
+    )  # fmt: skip
+
+
+def find(
+    f: Callable[..., Any],
+    x0: PyTree,
+    args: tuple,
+    *,
+    solver: AbstractSolver,
+    adjoint: AbstractAdjoint,
+    rtol: Any,
+    atol: Any,
+    max_steps: int,
+    norm: Callable[[PyTree], Array],
+    early_stop: bool,
+    has_aux: bool,
+    on_failure: Literal["raise", "nan", "return"],
+    history: bool,
+    progress: Callable[[int, float], None] | None,
+    root: bool = False,
+    hold: bool = False,
+) -> Solution:
+    """What stands behind every front door: a fixed point of `f`, or a `root`; with `hold` the
+    guess is the answer of another solver, and to be a solution itself.
+    """
     nonnegative("rtol", rtol)
     nonnegative("atol", atol)
     configuration, methods = configure(
-        solver, adjoint, max_steps, norm, early_stop, on_failure, history, progress
+        solver, adjoint, max_steps, norm, early_stop, on_failure, history, progress, hold
     )
-    problem, inputs = trace(f, x0, args, has_aux)
+    problem, inputs = trace(f, x0, args, has_aux, root)
     refuse_coupled("The map", problem.coupled_axes)
     refuse_varying(problem.jaxpr)
     configuration = configuration.with_key(problem, inputs, methods)
     try:
         state, aux, outcome = solve(problem, configuration, inputs, methods, [rtol, atol])
         if on_failure == "raise":
-            state, aux = _raise_if_failed(problem, outcome, state, aux)
+            state, aux = _raise_if_failed(problem, hold, outcome, state, aux)
     except (jax.errors.JaxRuntimeError, ValueError) as error:  # of a callback, by JAX
         plain = public_error(error)
         if plain is None:
@@ -146,13 +175,14 @@ def _stats(problem: Problem, outcome: Outcome) -> Stats:
 
 
 def _raise_if_failed(
-    problem: Problem, outcome: Outcome, state: list, aux: list
+    problem: Problem, hold: bool, outcome: Outcome, state: list, aux: list
 ) -> tuple[list, list]:
     """Raises on the host, or where only a running program can know, from within it."""
     concrete = not isinstance(outcome.code, Tracer)
     if concrete and int(outcome.code) == CONVERGED:
         return state, aux
-    failure = ConvergenceFailure(tuple(problem.paths[i] for i in problem.roles.feedback))
+    paths = tuple(problem.paths[i] for i in problem.roles.feedback)
+    failure = ConvergenceFailure(paths, "root" if problem.root else "fixed point", hold)
     numbers = {
         "numbers": jax.lax.stop_gradient(outcome.numbers),
         "code": outcome.code,
@@ -170,15 +200,18 @@ class ConvergenceFailure:
     """Raises the error of a failed solve; a value, so that programs compare equal.
 
     - `paths`: the paths of the leaves of the unknown.
+    - `what`: what was looked for; `hold`: whether another solver had an answer to be held to.
     """
 
     paths: tuple[str, ...]
+    what: str
+    hold: bool
 
     def __call__(self, failed: Any, operands: dict[str, Any]) -> None:
         """Called on the host with concrete numbers."""
         found, lane = first_failure(np.asarray(failed), operands)
         residual_norm, _, ratio, rate = (float(n) for n in found["numbers"])
-        code = int(found["code"])
+        result = RESULT_NAMES[int(found["code"])]
         info = {
             "num_steps": int(found["num_steps"]),
             "residual_norm": residual_norm,
@@ -186,4 +219,5 @@ class ConvergenceFailure:
             "contraction_rate": rate,
             "leaf": self.paths[int(found["worst"])],
         }
-        raise ConvergenceError(convergence_message(RESULT_NAMES[code], info, lane))
+        words = held_message if self.hold else convergence_message
+        raise ConvergenceError(words(self.what, result, info, lane))

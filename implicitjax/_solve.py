@@ -18,8 +18,9 @@ from ._configuration import Configuration
 from ._failures import mark_failed, poison, poison_derivative
 from ._guess import Guess
 from ._implicit import by_jvp, by_vjp
-from ._loop import CONVERGED, iterate, nothing_to_solve, Outcome, Tolerances
+from ._loop import CONVERGED, held, iterate, nothing_to_solve, Outcome, Tolerances
 from ._packing import packing
+from ._scaling import EVALUATIONS, move, scales
 from ._trace import Problem
 from .linear._transposable import transposable_solve
 
@@ -94,17 +95,25 @@ def _fixed_point(
     masks = {k: m for k, m in enumerate(problem.carried_entries(inputs)) if m is not None}
     theta += [*masks.values(), *(leaves[k] for k in masks)]
 
+    def evaluate(theta: list, x: list) -> list:
+        full = dict(zip((*parameters, *unknown), (*theta[: len(parameters)], *x), strict=True))
+        return program([full[i] for i in range(len(full))])
+
     def hand_on(x: list, carried: list) -> list:
         masks_and_values = zip(masks, carried[: len(masks)], carried[len(masks) :], strict=True)
         out = dict(enumerate(x))
         out.update({k: jax.lax.select(mask, c, x[k]) for k, mask, c in masks_and_values})
         return list(out.values())
 
+    if problem.root:
+        at_theta = functools.partial(evaluate, _tree.stop_gradient(theta))
+        theta += scales(at_theta, _tree.stop_gradient(leaves))
+
     def F(theta: list, x: list) -> list:
-        theta, carried = theta[: len(parameters)], theta[len(parameters) :]
-        x = hand_on(packed.unpack(x), carried)
-        full = dict(zip((*parameters, *unknown), (*theta, *x), strict=True))
-        return packed.pack(hand_on(program([full[i] for i in range(len(full))]), carried))
+        x, more = packed.unpack(x), theta[len(parameters) :]
+        if problem.root:
+            return packed.pack(move(x, evaluate(theta, x), more))
+        return packed.pack(hand_on(evaluate(theta, hand_on(x, more)), more))
 
     position = {leaf: k for k, leaf in enumerate(roles.feedback)}
     coarsest = tuple(_tree.epsilon([leaves[position[i]] for i in r]) for r in roles.reads)
@@ -115,6 +124,11 @@ def _fixed_point(
         solver, (rtol, atol) = eqx.combine(fixed, static)
         scale = Tolerances(rtol, atol, coarsest, packed)
         x, outcome = iterate(lambda x: F(theta, x), x0, solver, scale, settings)
+        if problem.root:
+            more = outcome.num_evaluations + EVALUATIONS
+            outcome = eqx.tree_at(lambda o: o.num_evaluations, outcome, more)
+        if configuration.hold:
+            outcome = held(x0, x, outcome, scale, settings.norm)
         if configuration.on_failure == "nan":
             # A point at which the rule can take derivatives, though nothing is made of them.
             x = _tree.where(outcome.code != CONVERGED, x0, x)

@@ -3,8 +3,14 @@
 import os
 import pathlib
 
-# Compiling is most of what the tests do; LLVM's optimisation of tiny programs is not tested.
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+# Compiling is most of what the tests do, and how well tiny programs are optimised is not tested.
+# The older emitters of XLA's CPU backend take a third of the time of the newer ones, and a worker
+# has one core. The notebooks and the tour run with the defaults.
+os.environ.setdefault(
+    "XLA_FLAGS",
+    "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false "
+    "--xla_cpu_parallel_codegen_split_count=1",
+)
 
 import jax
 import pytest

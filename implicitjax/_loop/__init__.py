@@ -1,5 +1,6 @@
 """The loop: iterate, judge, decide; see README.md in this folder."""
 
+from ._finish import held
 from ._iterate import iterate, Settings
 from ._outcome import CONVERGED, nothing_to_solve, Outcome, RESULT_NAMES
 from ._units import Tolerances
@@ -10,6 +11,7 @@ __all__ = [
     "Outcome",
     "Settings",
     "Tolerances",
+    "held",
     "iterate",
     "nothing_to_solve",
 ]

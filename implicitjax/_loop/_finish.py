@@ -1,5 +1,7 @@
 """The verdict of a loop that has ended."""
 
+import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
@@ -19,7 +21,7 @@ from ._outcome import (
     Outcome,
     RUNNING,
 )
-from ._units import Tolerances
+from ._units import normalise, Tolerances
 
 
 def finish(state: Any, tolerances: Tolerances, settings: Any) -> tuple[list, Outcome]:
@@ -49,6 +51,23 @@ def finish(state: Any, tolerances: Tolerances, settings: Any) -> tuple[list, Out
         clamped=tolerances.clamped(at, value),
         worst=_worst(at, value, tolerances),
         history=None if state.history is None else state.history[:, tolerances.packing.inverse],
+    )
+
+
+def held(
+    x0: list, x: list, outcome: Outcome, tolerances: Tolerances, norm: Callable[[list], Array]
+) -> Outcome:
+    """The outcome, a failure if the guess `x0` was off by more than the tolerance.
+
+    The solution `x` may be off by one tolerance itself.
+    """
+    unit = tolerances.at(x, x).tolerance()
+    off = norm(normalise(_tree.sub(x, x0), unit))
+    astray = (outcome.code == CONVERGED) & ~(off <= 2)
+    return dataclasses.replace(
+        outcome,
+        numbers=jnp.where(astray, outcome.numbers.at[2].set(off), outcome.numbers),
+        code=jnp.where(astray, MAX_STEPS, outcome.code),
     )
 
 

@@ -22,22 +22,32 @@ from ._key import fingerprint
 from ._match import match
 from ._roles import assign_roles, Roles
 from ._table import Leaf, Structure
+from ._view import Flow
 
 
 class Problem:
-    """A traced map `state, aux = f(state, ...)`. Equal to another if it is the same program, see
-    `_key.py`: what the map returned that is no array belongs to one call, and is no part of that.
+    """A traced map `state, aux = f(state, ...)`, or `g` whose state is to be zero. Equal to another
+    if it is the same program, see `_key.py`: what the map returned that is no array belongs to one
+    call, and is no part of that.
 
     Its jaxpr takes `num_consts` captured arrays, then the arrays of the call, and returns the
     array leaves of the state, then those of `aux`.
 
+    - `root`: whether the state that is returned is to be zero, and not that which went in.
     - `state`: for each array leaf of the state its index among the inputs; `paths`: its path.
     - `state_tree`, `aux_tree`: the structures of state and `aux`.
     - `statics`, `aux_statics`: leaf by leaf what is no array, `None` where one is.
     """
 
-    def __init__(self, closed: jec.ClosedJaxpr, call: Call, inputs: list, seen: dict[str, Any]):
-        jaxpr = closed.jaxpr
+    def __init__(
+        self,
+        closed: jec.ClosedJaxpr,
+        call: Call,
+        inputs: list,
+        seen: dict[str, Any],
+        root: bool = False,
+    ):
+        jaxpr, self.root = closed.jaxpr, root
         self.num_consts = len(jaxpr.constvars)
         self.jaxpr = _open_constants(jaxpr)
         self.state_tree, self.statics = call.trees[1], seen["statics"]
@@ -45,7 +55,7 @@ class Problem:
         self.dtypes = tuple(v.aval.dtype for v in self.jaxpr.invars)  # pyright: ignore[reportAttributeAccessIssue]
         self.state = tuple(self.num_consts + i for i in call.state_arrays() if i is not None)
         self.paths = _paths(call, inputs)
-        self._key = (fingerprint(jaxpr), self.state, self.paths)
+        self._key = (fingerprint(jaxpr), self.state, self.paths, root)
         self._hash = hash(self._key)
         self._parts: dict[tuple[int, ...], Any] = {}
 
@@ -76,8 +86,12 @@ class Problem:
 
     @functools.cached_property
     def flows(self) -> list:
-        """For every output the inputs that it depends on."""
-        return dependencies(self.jaxpr)
+        """For every output the inputs that it depends on; that of a root is taken from `x`."""
+        flows = dependencies(self.jaxpr)
+        if self.root:
+            for k, i in enumerate(self.state):
+                flows[k] = Flow(depends=flows[k].depends | 1 << i)
+        return flows
 
     @functools.cached_property
     def roles(self) -> Roles:
@@ -158,7 +172,7 @@ def _fill(statics: tuple[Static | None, ...], arrays: list) -> list:
     return [next(left) if s is None else s.value for s in statics]
 
 
-def trace(f: Any, x0: Any, args: tuple, has_aux: bool) -> tuple[Problem, list]:
+def trace(f: Any, x0: Any, args: tuple, has_aux: bool, root: bool = False) -> tuple[Problem, list]:
     """Traces the map once more than its guess needs corrections of type.
 
     Returns the problem and its inputs: the captured arrays, then those of the call, where a Python
@@ -170,7 +184,7 @@ def trace(f: Any, x0: Any, args: tuple, has_aux: bool) -> tuple[Problem, list]:
         closed, seen = _trace_once(call, arrays)
         if not seen["corrections"]:
             _check_floats(call, arrays)
-            return Problem(closed, call, arrays, seen), [*closed.consts, *arrays]
+            return Problem(closed, call, arrays, seen, root), [*closed.consts, *arrays]
         call, arrays = _correct(call, arrays, seen["corrections"])
     raise TypeError(
         "The map returns another dtype for each dtype of the guess: pass a guess of a fixed "

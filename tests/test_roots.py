@@ -1,0 +1,254 @@
+"""Roots, and solvers of one's own: solutions and derivatives beside dense references."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import implicitjax as ij
+
+N = 5
+B = np.random.default_rng(0).normal(size=(N, N)) + 2 * np.eye(N)
+A0 = jnp.arange(1.0, N + 1)
+DERIVATIVES = {
+    "forward": jax.jacfwd,
+    "reverse": jax.jacrev,
+    "forward, jitted": lambda f: jax.jit(jax.jacfwd(f)),
+    "reverse, jitted": lambda f: jax.jit(jax.jacrev(f)),
+}
+
+
+def cubic(x, a):
+    """`B x + x^3 / 10 - a`, with one real root."""
+    return jnp.asarray(B, x.dtype) @ x + 0.1 * x**3 - a
+
+
+def exact(a):
+    """The root by Newton's method in NumPy, and its first and second derivatives in `a`: with
+    `S = (B + diag(3 x^2 / 10))^-1` they are `S` and `-S_ki (6 x_k / 10) S_kj S_lk`.
+    """
+    x, a = np.zeros(N), np.asarray(a, np.float64)
+    for _ in range(60):
+        S = np.linalg.inv(B + np.diag(0.3 * x**2))
+        x = x - S @ (B @ x + 0.1 * x**3 - a)
+    return x, S, -np.einsum("lk,k,ki,kj->lij", S, 0.6 * x, S, S)
+
+
+@jax.jit
+def by_hand(x0, a):
+    """Newton's method for the cubic, as a user may have it."""
+    step = lambda _, x: x - jnp.linalg.solve(jax.jacfwd(cubic)(x, a), cubic(x, a))
+    return jax.lax.fori_loop(0, 40, step, x0)
+
+
+def by_callback(x0, a):
+    """The same on the host, where JAX cannot see it."""
+    like = jax.ShapeDtypeStruct(x0.shape, x0.dtype)
+    on_host = lambda a: exact(a)[0].astype(x0.dtype)
+    return jax.pure_callback(on_host, like, a, vmap_method="sequential")
+
+
+SOLVES = {
+    "Newton": lambda a: ij.implicit_root(cubic, jnp.zeros(N), a).value,
+    "Anderson": lambda a: ij.implicit_root(cubic, jnp.zeros(N), a, solver=ij.Anderson()).value,
+    "own loop": lambda a: ij.custom_root(cubic)(by_hand)(jnp.zeros(N), a),
+    "callback": lambda a: ij.custom_root(cubic)(by_callback)(jnp.zeros(N), a),
+    "fixed point": lambda a: ij.custom_fixed_point(lambda x, a: x + cubic(x, a))(by_hand)(
+        jnp.zeros(N), a
+    ),
+}
+
+
+@pytest.mark.parametrize("how", SOLVES)
+def test_a_root_and_its_derivatives(how):
+    x, S, H = exact(A0)
+    np.testing.assert_allclose(SOLVES[how](A0), x, rtol=1e-9)
+    for derivative in DERIVATIVES.values():
+        np.testing.assert_allclose(derivative(SOLVES[how])(A0), S, atol=1e-9)
+    np.testing.assert_allclose(jax.jit(jax.hessian(SOLVES[how]))(A0), H, atol=1e-9)
+
+
+@pytest.mark.parametrize("how", SOLVES)
+def test_a_batch_of_roots(how):
+    rows = jnp.stack([A0, -A0, 3.0 * A0[::-1]])
+    values = jax.vmap(SOLVES[how])(rows)
+    slopes = jax.jit(jax.vmap(jax.jacrev(SOLVES[how])))(rows)
+    for a, value, slope in zip(rows, values, slopes, strict=True):
+        x, S, _ = exact(a)
+        np.testing.assert_allclose(value, x, rtol=1e-8, atol=1e-9)
+        np.testing.assert_allclose(slope, S, atol=1e-9)
+
+
+@pytest.mark.parametrize("solver", [ij.Newton(), ij.Anderson()], ids=repr)
+@pytest.mark.parametrize("dtype", [np.float64, np.float32])
+@pytest.mark.parametrize("unit", [1e-30, -1e-6, 1e9])
+def test_the_units_and_the_sign_of_the_residual_do_not_matter(unit, dtype, solver):
+    def solve(unit):
+        a, unit = A0.astype(dtype), jnp.asarray(unit, dtype)
+        g = lambda x, unit: unit * cubic(x, a)
+        return ij.implicit_root(g, jnp.zeros(N, dtype), unit, solver=solver)
+
+    found, plain = jax.jit(solve)(unit), jax.jit(solve)(1.0)
+    tolerance = 20 * np.finfo(dtype).eps ** (2 / 3)
+    np.testing.assert_allclose(found.value, exact(A0)[0], atol=tolerance)
+    assert abs(int(found.stats.num_evaluations) - int(plain.stats.num_evaluations)) <= 2
+
+
+def test_leaves_of_different_units_and_aux():
+    """A temperature near 300 from a flux in W/m^2, and a humidity near 0.01 from one of 1e-8."""
+
+    def g(s, flux, wet):
+        energy = flux - 5.67e-8 * s["T"] ** 4 - 2.5e3 * s["q"]
+        water = 1e-6 * (wet * s["q"] - 1e-4 * (s["T"] / 300) ** 2)
+        return {"T": energy, "q": water}, s["T"] - 273.15
+
+    def solve(flux, wet):
+        x0 = {"T": 280.0, "q": 0.02}
+        solution = ij.implicit_root(g, x0, flux, wet, has_aux=True)
+        return solution.value["T"], solution.value["q"], solution.aux
+
+    def reference(flux, wet):
+        """`q = 1e-4 (T / 300)^2 / wet`, and Newton's method for `T`."""
+        T = 280.0
+        for _ in range(100):
+            q = 1e-4 * (T / 300) ** 2 / wet
+            T += (flux - 5.67e-8 * T**4 - 2.5e3 * q) / (4 * 5.67e-8 * T**3 + 2 * 2.5e3 * q / T)
+        slope = 4 * 5.67e-8 * T**3 + 2 * 2.5e3 * q / T
+        T_dot = np.array([1 / slope, 2.5e3 * q / wet / slope])
+        q_dot = 2 * q / T * T_dot - np.array([0, q / wet])
+        return (T, q, T - 273.15), (T_dot, q_dot, T_dot)
+
+    values, slopes = reference(460.0, 0.01)
+    np.testing.assert_allclose(solve(460.0, 0.01), values, rtol=1e-9)
+    for mode in (jax.jacfwd, jax.jacrev):
+        found = np.asarray(jax.jit(mode(solve, argnums=(0, 1)))(460.0, 0.01))
+        np.testing.assert_allclose(found, slopes, rtol=1e-8)
+
+
+@pytest.mark.usefixtures("standard_promotion")
+def test_a_complex_root_of_a_residual_that_is_not_holomorphic():
+    """`z + conj(z) / 2 = a`: with `a = p + i q` it is `z = 2 p / 3 + 2 i q`."""
+    solve = lambda a: ij.implicit_root(lambda z: z + 0.5 * jnp.conj(z) - a, 0j * a).value
+    a = jnp.asarray([1.0 + 2.0j, -0.5 + 1.0j])
+    np.testing.assert_allclose(solve(a), 2 * a.real / 3 + 2j * a.imag, rtol=1e-10)
+    _, tangent = jax.jvp(solve, (a,), (1j * a,))
+    np.testing.assert_allclose(tangent, -2 * a.imag / 3 + 2j * a.real, rtol=1e-9)
+
+
+@pytest.mark.usefixtures("x32")
+def test_a_root_without_x64():
+    root = lambda a: ij.implicit_root(lambda x, a: x**3 - a, 1.0, a).value
+    np.testing.assert_allclose(root(8.0), 2.0, rtol=1e-5)
+    np.testing.assert_allclose(jax.grad(root)(8.0), 1 / 12, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "g",
+    [
+        lambda x: x**2 + 1.0,  # no root
+        lambda x: 0.0 * x,  # nothing but roots
+        lambda x: jnp.stack([x[0] + x[1], 2 * x[0] + 2 * x[1]]),  # a line of roots
+        lambda x: jnp.stack([x[0] - 1.0, x[0] - 2.0]),  # no root, and the second is not read
+        lambda x: jnp.where(x > 0, 1.0, -1.0) + 0.1,  # a jump across zero
+        lambda x: jnp.full_like(x, jnp.nan),
+    ],
+    ids=["none", "all", "a line", "inconsistent", "a jump", "NaN"],
+)
+@pytest.mark.parametrize("solver", [ij.Newton(), ij.Anderson(), ij.Picard()], ids=repr)
+def test_what_has_no_root_or_many_is_refused(g, solver):
+    x0 = jnp.asarray([0.7, -0.3])
+
+    def slope(b):
+        solve = ij.implicit_root(lambda x: g(x) + b, x0, solver=solver, on_failure="nan")
+        return solve.value, solve.converged
+
+    value, converged = jax.jit(slope)(0.0)
+    if converged:  # of a line of roots a point may be found, but no derivative
+        np.testing.assert_allclose(g(value), 0.0, atol=1e-9)
+    derivative = jax.jit(jax.jacfwd(lambda b: slope(b)[0]))(0.0)
+    assert np.isnan(derivative).any()
+
+
+def test_the_message_speaks_of_a_root():
+    with pytest.raises(ij.ConvergenceError, match="The root was not reached"):
+        ij.implicit_root(lambda x: x**2 + 1.0, 0.5)
+
+
+def test_an_integer_is_no_unknown():
+    with pytest.raises(TypeError, match="continuous"):
+        ij.implicit_root(lambda x: x, {"x": jnp.ones(2), "n": jnp.arange(3)})
+
+
+# A solver of one's own.
+
+
+@pytest.mark.parametrize("off", [1e-3, 1e-7])
+@pytest.mark.parametrize("make", [ij.custom_root, ij.custom_fixed_point])
+def test_a_point_that_is_no_solution_is_refused(make, off):
+    f = cubic if make is ij.custom_root else (lambda x, a: x + cubic(x, a))
+    sloppy = lambda x0, a: by_hand(x0, a) * (1 + off)
+    with pytest.raises(ij.ConvergenceError, match="What the solver returned is no"):
+        make(f)(sloppy)(jnp.zeros(N), A0)
+    with pytest.raises(Exception, match="What the solver returned is no"):
+        jax.block_until_ready(jax.jit(make(f)(sloppy))(jnp.zeros(N), A0))
+    solve = make(f, on_failure="nan")(sloppy)
+    assert np.isnan(solve(jnp.zeros(N), A0)).all()
+    assert np.isnan(jax.grad(lambda a: solve(jnp.zeros(N), a).sum())(A0)).all()
+    loose = make(f, rtol=10 * off)(sloppy)
+    np.testing.assert_allclose(loose(jnp.zeros(N), A0), exact(A0)[0], rtol=20 * off)
+
+
+def test_a_solver_that_returns_its_guess_is_refused():
+    """A root far away, which the loop would find."""
+    with pytest.raises(ij.ConvergenceError, match="What the solver returned is no root"):
+        ij.custom_root(cubic)(lambda x0, a: x0)(jnp.ones(N), A0)
+
+
+def test_one_bad_lane_is_nan_alone():
+    solve = ij.custom_root(lambda x, a: x**2 - a, on_failure="nan")(lambda x0, a: x0)
+    rows = jnp.asarray([4.0, 5.0])
+    np.testing.assert_array_equal(np.isnan(jax.vmap(lambda a: solve(2.0, a))(rows)), [False, True])
+    slopes = jax.vmap(jax.grad(lambda a: solve(2.0, a)))(rows)
+    np.testing.assert_allclose(slopes, [0.25, np.nan])
+
+
+def test_what_the_map_hands_on_has_the_derivative_of_the_guess():
+    """`x = cos(k x)`, `k` carried: `dx/dk = -x sin(k x) / (1 + k sin(k x))`."""
+    f = lambda s: {"k": s["k"], "x": jnp.cos(s["k"] * s["x"])}
+    step = lambda _, s: f(s)
+    solver = ij.custom_fixed_point(f)(lambda s: jax.lax.fori_loop(0, 200, step, s))
+
+    def solve(k):
+        s = solver({"k": k, "x": jnp.asarray(0.5)})
+        return s["k"], s["x"]
+
+    k = jnp.asarray(0.8)
+    x = float(solve(k)[1])
+    want = [1.0, -x * np.sin(k * x) / (1 + k * np.sin(k * x))]
+    for mode in (jax.jacfwd, jax.jacrev):
+        np.testing.assert_allclose(mode(solve)(k), want, rtol=1e-9)
+
+
+def test_a_solver_that_jax_cannot_trace():
+    """NumPy called as it is: eagerly also under `grad`, since it gets plain arrays."""
+    solve = ij.custom_root(cubic)(lambda x0, a: exact(a)[0])
+    np.testing.assert_allclose(solve(jnp.zeros(N), A0), exact(A0)[0], rtol=1e-9)
+    slope = jax.grad(lambda a: solve(jnp.zeros(N), a).sum())(A0)
+    np.testing.assert_allclose(slope, exact(A0)[1].sum(axis=0), atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    "answer, words",
+    [
+        (lambda x0: (x0,), "structure of its guess"),
+        (lambda x0: x0[:1], "shapes of its guess"),
+    ],
+)
+def test_an_answer_that_is_not_like_the_guess(answer, words):
+    with pytest.raises(TypeError, match=words):
+        ij.custom_fixed_point(jnp.cos)(answer)(jnp.ones(2))
+
+
+def test_a_keyword_that_a_custom_solver_does_not_take():
+    with pytest.raises(TypeError, match="has_aux"):
+        ij.custom_root(cubic, has_aux=True)
