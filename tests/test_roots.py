@@ -28,9 +28,10 @@ def exact(a):
     `S = (B + diag(3 x^2 / 10))^-1` they are `S` and `-S_ki (6 x_k / 10) S_kj S_lk`.
     """
     x, a = np.zeros(N), np.asarray(a, np.float64)
+    inverse = lambda x: np.linalg.inv(B + np.diag(0.3 * x**2))
     for _ in range(60):
-        S = np.linalg.inv(B + np.diag(0.3 * x**2))
-        x = x - S @ (B @ x + 0.1 * x**3 - a)
+        x = x - inverse(x) @ (B @ x + 0.1 * x**3 - a)
+    S = inverse(x)
     return x, S, -np.einsum("lk,k,ki,kj->lij", S, 0.6 * x, S, S)
 
 
@@ -115,10 +116,11 @@ def test_leaves_of_different_units_and_aux():
 
     def reference(flux, wet):
         """`q = 1e-4 (T / 300)^2 / wet`, and Newton's method for `T`."""
-        T = 280.0
+        T, humidity = 280.0, lambda T: 1e-4 * (T / 300) ** 2 / wet
         for _ in range(100):
-            q = 1e-4 * (T / 300) ** 2 / wet
+            q = humidity(T)
             T += (flux - 5.67e-8 * T**4 - 2.5e3 * q) / (4 * 5.67e-8 * T**3 + 2 * 2.5e3 * q / T)
+        q = humidity(T)
         slope = 4 * 5.67e-8 * T**3 + 2 * 2.5e3 * q / T
         T_dot = np.array([1 / slope, 2.5e3 * q / wet / slope])
         q_dot = 2 * q / T * T_dot - np.array([0, q / wet])
