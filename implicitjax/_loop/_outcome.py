@@ -4,6 +4,7 @@ from typing import Any
 
 import equinox as eqx
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 from jaxtyping import Bool, Float, Int
 
@@ -51,9 +52,9 @@ class Outcome(eqx.Module):
 def choose(condition: Array, code: Any, otherwise: Any) -> Array:
     """One of two codes."""
     shape = condition.shape
-    return lax.select(
-        condition, *(jnp.broadcast_to(jnp.asarray(c, jnp.int32), shape) for c in (code, otherwise))
-    )
+    constant = lambda c: jnp.asarray(np.full(shape, c, np.int32))
+    both = (constant(c) if isinstance(c, int) else c for c in (code, otherwise))
+    return lax.select(condition, *(jnp.broadcast_to(c, shape) for c in both))
 
 
 def nothing_to_solve(history: Array | None) -> Outcome:
