@@ -1,6 +1,7 @@
 """Anyone's solver with the implicit derivative: the third front door."""
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -9,12 +10,8 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import PyTree
 
-from . import _tree
-from ._adjoint import ImplicitAdjoint
-from ._fixed_point import find
-from .solvers._anderson import Anderson
-from .solvers._base import AbstractSolver
-from .solvers._newton import Newton
+from ._fixed_point import find, implicit_fixed_point
+from ._root import implicit_root
 
 Solve = Callable[..., PyTree]
 
@@ -57,7 +54,7 @@ def custom_fixed_point(f: Callable[..., PyTree], **keywords: Any) -> Callable[[S
 
     Source: as for `implicit_fixed_point`.
     """
-    return _decorator(f, False, Anderson(), keywords)
+    return _decorator(f, implicit_fixed_point, keywords)
 
 
 def custom_root(g: Callable[..., PyTree], **keywords: Any) -> Callable[[Solve], Solve]:
@@ -75,21 +72,20 @@ def custom_root(g: Callable[..., PyTree], **keywords: Any) -> Callable[[Solve], 
 
     ```
     """
-    return _decorator(g, True, Newton(), keywords)
+    return _decorator(g, implicit_root, keywords)
 
 
 def _decorator(
-    f: Callable[..., PyTree], root: bool, solver: AbstractSolver, keywords: dict[str, Any]
+    f: Callable[..., PyTree], door: Callable[..., Any], keywords: dict[str, Any]
 ) -> Callable[[Solve], Solve]:
-    options: dict[str, Any] = {
-        "solver": solver, "adjoint": ImplicitAdjoint(), "rtol": None, "atol": None,
-        "max_steps": 1000, "norm": _tree.rms_norm, "early_stop": True, "on_failure": "raise",
-    }  # fmt: skip
-    unknown = sorted(set(keywords) - set(options))
+    """By the keywords of a front door, and its defaults."""
+    named = inspect.signature(door).parameters.values()
+    options = {p.name: p.default for p in named if p.kind is p.KEYWORD_ONLY}
+    taken = sorted(set(options) - {"has_aux", "history", "progress"})
+    unknown = sorted(set(keywords) - set(taken))
     if unknown:
-        raise TypeError(f"A custom solver takes no keyword {unknown[0]}, but {sorted(options)}.")
-    options |= {"has_aux": False, "history": False, "progress": None, "root": root, "hold": True}
-    options |= keywords
+        raise TypeError(f"A custom solver takes no keyword {unknown[0]}, but {taken}.")
+    options |= keywords | {"root": door is implicit_root, "hold": True}
 
     def decorate(solve: Solve) -> Solve:
         @functools.wraps(solve)

@@ -219,5 +219,6 @@ class ConvergenceFailure:
             "contraction_rate": rate,
             "leaf": self.paths[int(found["worst"])],
         }
-        words = held_message if self.hold else convergence_message
-        raise ConvergenceError(words(self.what, result, info, lane))
+        if self.hold:
+            raise ConvergenceError(held_message(self.what, info, lane))
+        raise ConvergenceError(convergence_message(self.what, result, info, lane))

@@ -33,17 +33,15 @@ def move(x: list, g: list, scales: list) -> list:
 def _step(x: Array) -> Array:
     """Half the digits of the size of the leaf."""
     real = x.real
-    size = jnp.mean(jnp.abs(x)).astype(real.dtype)
+    size = _tree.magnitude([x]).astype(real.dtype)
     size = jnp.where((size > 0) & jnp.isfinite(size), size, 1)
     return (_tree.epsilon([x]) ** 0.5 * size * probe([real])[0]).astype(x.dtype)
 
 
 def _scale(step: Array, change: Array) -> Float[Array, ""]:
-    step, change = step.reshape(-1), change.reshape(-1)
-    largest = jnp.max(jnp.abs(change))  # no square overflows or vanishes
-    change = change / jnp.where(largest > 0, largest, 1)
-    along = _tree.inner([step], [change])
-    whole, size = _tree.inner([change], [change]), _tree.inner([step], [step])
-    factor = (jnp.sqrt(size / whole) / largest.astype(whole.dtype)).astype(step.real.dtype)
-    factor = jnp.where(along < 0, -factor, factor)
-    return jnp.where(jnp.isfinite(factor) & (factor != 0), factor, 1)
+    size, changed = (_tree.robust_norm(_tree.rms_norm, [v]) for v in (step, change))
+    shown = changed > 0
+    changed = jnp.where(shown, changed, 1)
+    along = _tree.inner([step], [change / changed.astype(change.real.dtype)])
+    factor = jnp.where(along < 0, -size / changed, size / changed).astype(step.real.dtype)
+    return jnp.where(shown & jnp.isfinite(factor) & (factor != 0), factor, 1)
