@@ -210,7 +210,7 @@ class ConvergenceFailure:
     def __call__(self, failed: Any, operands: dict[str, Any]) -> None:
         """Called on the host with concrete numbers."""
         found, lane = first_failure(np.asarray(failed), operands)
-        residual_norm, _, ratio, rate = (float(n) for n in found["numbers"])
+        residual_norm, _, ratio, rate, _ = (float(n) for n in found["numbers"])
         result = RESULT_NAMES[int(found["code"])]
         info = {
             "num_steps": int(found["num_steps"]),

@@ -1,13 +1,14 @@
 """The loop: iterate, judge, decide; see README.md in this folder."""
 
 from ._finish import held
-from ._iterate import iterate, Settings
+from ._iterate import iterate, Known, Settings
 from ._outcome import CONVERGED, nothing_to_solve, Outcome, RESULT_NAMES
 from ._units import Tolerances
 
 __all__ = [
     "CONVERGED",
     "RESULT_NAMES",
+    "Known",
     "Outcome",
     "Settings",
     "Tolerances",

@@ -40,8 +40,8 @@ def finish(state: Any, tolerances: Tolerances, settings: Any) -> tuple[list, Out
         x, fx, raw = _tree.where(code != CONVERGED, state.best, (x, fx, raw))
     tiny, largest = (float(getattr(jnp.finfo(raw.dtype), k)) for k in ("tiny", "max"))
     in_units_of_x = seen.error * (raw / jnp.maximum(seen.residual, tiny))
-    numbers = lax.concatenate([raw, in_units_of_x, seen.error, seen.falls], 0)
-    bounds = jnp.asarray([largest, largest, largest, 0.0], numbers.dtype)
+    numbers = lax.concatenate([raw, in_units_of_x, seen.error, seen.falls, seen.most], 0)
+    bounds = jnp.asarray([largest, largest, largest, 0.0, 0.0], numbers.dtype)
     at, value = settings.stop((x, fx))
     return x, Outcome(
         numbers=lax.select(jnp.isfinite(numbers), numbers, bounds),

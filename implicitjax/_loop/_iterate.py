@@ -55,6 +55,18 @@ class Settings(NamedTuple):
         return tree if self.early_stop else _tree.stop_gradient(tree)
 
 
+class Known(NamedTuple):
+    """What is known of a system before it is solved, see `_number.py`.
+
+    - `x`, `fx`: an iterate and its value; beside them the first evaluation is a sample.
+    - `most`: the largest sample that was seen before, 0 for none.
+    """
+
+    x: list
+    fx: list
+    most: Float[Array, ""]
+
+
 class State(NamedTuple):
     """One state of the loop.
 
@@ -93,13 +105,13 @@ def iterate(
     solver: AbstractSolver,
     tolerances: Tolerances,
     settings: Settings,
-    known: tuple[list, list] | None = None,
+    known: Known | None = None,
 ) -> tuple[list, Outcome]:
     """Iterates `x = f(x)` from `x0` until the estimated error is within the tolerance.
 
     `x0` is a list of inexact arrays and `f` maps such lists to such lists. Returns the last
-    iterate (the best one, if it failed and `keep_best`) and the outcome. `known` is an iterate with
-    its value: beside it the first evaluation is a sample of the error, see `_number.py`.
+    iterate (the best one, if it failed and `keep_best`) and the outcome. `known` is what an
+    earlier solve of the same system has shown.
     """
     watched = settings.history or settings.progress is not None or not settings.early_stop
     rarely = solver.steady and not watched
@@ -130,7 +142,7 @@ def iterate(
     def running(s: State) -> Bool[Array, ""]:
         return (s.code <= RUNNING) & unfinished(s)
 
-    state = _start(x0, solver, tolerances, settings, known or (x0, x0))
+    state = _start(x0, solver, tolerances, settings, known)
     if settings.early_stop:
         state = lax.while_loop(running, body, state)
     else:
@@ -144,22 +156,23 @@ def _start(
     solver: AbstractSolver,
     tolerances: Tolerances,
     settings: Settings,
-    known: tuple[list, list],
+    known: Known | None,
 ) -> State:
     """The state before the first evaluation."""
+    x, fx = (x0, x0) if known is None else (known.x, known.fx)
     dtype, step = _tree.accumulation_dtype(x0), jnp.full((), -1, jnp.int32)
-    history = None
+    history, seen = None, _number.nothing_seen(dtype)
     if settings.history:
         history = jnp.zeros((settings.max_steps + 1, len(tolerances.epsilons)), dtype)
     return State(
-        x=known[0],
-        fx=None if solver.steps_to_value else known[1],
+        x=x,
+        fx=None if solver.steps_to_value else fx,
         ahead=x0,
         memory=solver.init(x0),
         step=step,
         look_at=jnp.zeros((), jnp.int32),
         code=jnp.full((), RUNNING, jnp.int32),
-        seen=_number.nothing_seen(dtype),
+        seen=seen if known is None else _number.told(seen, known.most),
         reference=x0 if solver.steady else None,
         best=(x0, x0, jnp.full((1,), jnp.inf, dtype)) if settings.keep_best else None,
         history=history,

@@ -25,7 +25,7 @@ class Outcome(eqx.Module):
     """How the loop ended: a few numbers, in as few arrays as that takes.
 
     - `numbers`: the residual norm and the estimated error in the units of the unknown, that error
-      in units of the tolerance, the factor of the last step.
+      in units of the tolerance, the factor of the last step, the largest sample of all.
     - `code`: one of the constants above that ends a solve but `ACCEPTED`.
     - `num_steps`, `num_evaluations`: steps of the solver, evaluations of the map.
     - `clamped`: whether a tolerance lay below what the dtype can reach.
@@ -33,7 +33,7 @@ class Outcome(eqx.Module):
     - `history`: the residuals of every leaf, a column each, or `None`.
     """
 
-    numbers: Float[Array, "... 4"]
+    numbers: Float[Array, "... 5"]
     code: Int[Array, "..."]
     num_steps: Int[Array, "..."]
     num_evaluations: Int[Array, "..."]
@@ -60,7 +60,7 @@ def choose(condition: Array, code: Any, otherwise: Any) -> Array:
 def nothing_to_solve(history: Array | None) -> Outcome:
     """No leaf feeds back: the solution is what the map returns."""
     return Outcome(
-        numbers=jnp.zeros((4,)),
+        numbers=jnp.zeros((5,)),
         code=jnp.full((), CONVERGED, jnp.int32),
         num_steps=jnp.zeros((), jnp.int32),
         num_evaluations=jnp.zeros((), jnp.int32),

@@ -48,6 +48,7 @@ def settle(
     dr = now.dr if sampled else now.residual - old.residual
     sample = _number.take_sample(now.dx, dr, now.roundoff)
     error = jnp.maximum(sample, old.sample) * jnp.maximum(old.residual, now.roundoff)
+    error = jnp.maximum(error, seen.most * now.roundoff)
     met = (sample > 0) & _number.within(error, old.residual, now.roundoff)
     met = probed & ~quiet & (met | (old.at > 0))
     known = lax.select(old.at > 0, old.error, error)

@@ -5,11 +5,12 @@ import functools
 import jax.numpy as jnp
 from jax import lax
 
+from .. import _tree
 from .._check import positive_int
 from .._tree import explicitly_sharded, size
 from ._base import default_rtol, LinearSolution, Operator, PrecisionAware, Vector, with_auto_axes
 from ._bicgstab import products
-from ._bounded import bounded
+from ._bounded import attempt
 from ._by_batch import by_batch
 from ._dense import factorise
 
@@ -53,12 +54,12 @@ class AutoLinearSolver(PrecisionAware):
 def matrix_free(A: Operator, b: Vector, epsilon: float) -> LinearSolution:
     """`A u = b` by products alone."""
 
-    def attempt(carry: tuple) -> tuple:
-        k, out = carry
+    def again(carry: tuple) -> tuple:
+        k, out, most = carry
         # A loop of one round at most is a conditional that vmap does not turn into a select.
         take_over = lambda carry: (jnp.zeros((), bool), krylov(carry[1]))
         _, start = lax.while_loop(lambda c: c[0], take_over, (k == 1, out.value))
-        return k + 1, bounded(A, b, start, epsilon, max_steps=limit)
+        return k + 1, *attempt(A, b, start, epsilon, None, limit, most)
 
     def krylov(start: Vector) -> Vector:
         try:
@@ -70,4 +71,5 @@ def matrix_free(A: Operator, b: Vector, epsilon: float) -> LinearSolution:
     zero = jnp.zeros((), b[0].dtype)
     nothing = LinearSolution(b, zero, zero, zero, jnp.zeros((), bool))
     unfinished = lambda carry: ~carry[1].trusted & (carry[0] < 2)
-    return lax.while_loop(unfinished, attempt, (jnp.zeros((), jnp.int32), nothing))[1]
+    start = jnp.zeros((), jnp.int32), nothing, jnp.zeros((), _tree.accumulation_dtype(b))
+    return lax.while_loop(unfinished, again, start)[1]

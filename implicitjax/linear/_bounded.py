@@ -1,9 +1,11 @@
 """A linear system as a fixed point: the loop that solves the value solves the derivative too."""
 
 import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Float
 
 from .. import _tree
-from .._loop import CONVERGED, iterate, Settings, Tolerances
+from .._loop import CONVERGED, iterate, Known, Settings, Tolerances
 from .._packing import whole
 from ..solvers._anderson import Anderson
 from ._base import LinearSolution, measured, Operator, Vector
@@ -21,6 +23,19 @@ def bounded(
     rtol: float | None = None,
     max_steps: int = 1000,
 ) -> LinearSolution:
+    """The solution of `attempt`."""
+    return attempt(A, b, start, epsilon, rtol, max_steps)[0]
+
+
+def attempt(
+    A: Operator,
+    b: Vector,
+    start: Vector,
+    epsilon: float,
+    rtol: float | None,
+    max_steps: int,
+    most: Float[Array, ""] | float = 0.0,
+) -> tuple[LinearSolution, Float[Array, ""]]:
     """`u` with `A u = b`, by Anderson's window for `u = u + (b - A u)` from `start`.
 
     The stop test of the loop bounds the error of `u`, not only its residual: `u` is trusted if its
@@ -31,6 +46,8 @@ def bounded(
     - `start`: where the iteration starts.
     - `epsilon`: the round-off of the products with `A`.
     - `rtol`: `None` for `epsilon^(2/3)`.
+    - `most`: the largest sample of `A^-1` that an attempt before this one has seen, by which
+      round-off is amplified in this one too. That of this attempt is returned beside the solution.
     """
 
     def f(u: Vector) -> Vector:
@@ -38,18 +55,19 @@ def bounded(
 
     tolerances = Tolerances(rtol, None, len(b) * (epsilon,), whole(b))
     settings = Settings(max_steps, _tree.rms_norm, True, False, False, None)
-    at_zero = [jnp.zeros_like(leaf) for leaf in b], b
-    u, outcome = iterate(f, start, Anderson(), tolerances, settings, known=at_zero)
-    residual, error, in_tolerances, _ = outcome.numbers
+    known = Known([jnp.zeros_like(leaf) for leaf in b], b, jnp.asarray(most))
+    u, outcome = iterate(f, start, Anderson(), tolerances, settings, known)
+    residual, error, in_tolerances, _, largest = outcome.numbers
     size_b, size_u = (jnp.maximum(_tree.rms_norm(v), _TINY) for v in (b, u))
     amplification = error / jnp.maximum(residual, _TINY)
-    return LinearSolution(
+    solution = LinearSolution(
         value=u,
         residual=residual / size_b,
         tolerance=residual / (size_b * jnp.maximum(in_tolerances, _TINY)),
         condition=jnp.maximum(amplification, size_u / size_b) * jnp.maximum(size_b / size_u, 1.0),
         trusted=outcome.code == CONVERGED,
     )
+    return solution, largest
 
 
 def polished(A: Operator, b: Vector, u: Vector, epsilon: float, rtol: float) -> LinearSolution:
