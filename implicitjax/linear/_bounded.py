@@ -15,18 +15,6 @@ _STEPS = 100
 _TINY = 1e-37  # no size is divided by less
 
 
-def bounded(
-    A: Operator,
-    b: Vector,
-    start: Vector,
-    epsilon: float,
-    rtol: float | None = None,
-    max_steps: int = 1000,
-) -> LinearSolution:
-    """The solution of `attempt`."""
-    return attempt(A, b, start, epsilon, rtol, max_steps)[0]
-
-
 def attempt(
     A: Operator,
     b: Vector,
@@ -71,11 +59,11 @@ def attempt(
 
 
 def polished(A: Operator, b: Vector, u: Vector, epsilon: float, rtol: float) -> LinearSolution:
-    """`bounded` from the `u` of another method, which stops by its residual, not by its error.
+    """`attempt` from the `u` of another method, which stops by its residual, not by its error.
 
     What ran out of steps before its own residual was small is not trusted, and that residual told.
     """
-    found, own = bounded(A, b, u, epsilon, rtol, _STEPS), measured(A, b, u)
+    (found, _), own = attempt(A, b, u, epsilon, rtol, _STEPS), measured(A, b, u)
     enough = max(10 * rtol, epsilon ** (1 / 3))
     reached = own.residual <= enough
     return LinearSolution(
