@@ -106,23 +106,16 @@ def inner_columns(columns: PyTree, rows: Sequence[PyTree]) -> Float[Array, "m k"
     return _total(jax.tree.map(leaf, columns, *rows), dtype)
 
 
-def inner_rows(xs: Sequence[PyTree], ys: Sequence[PyTree]) -> Any:
-    """`Re <x_i, y_j>`: a matrix, or for large leaves rows of numbers, none of them taken twice."""
-    if all(leaf.size < SMALL for leaf in jax.tree.leaves(xs)):
-        return inner_columns(jax.tree.map(lambda *leaves: jnp.stack(leaves), *xs), ys)
-    dtype = accumulation_dtype(xs, ys)
+def dot(x: PyTree, y: PyTree) -> Float[Array, ""]:
+    """`Re <x, y>` as `inner` has it, but by contractions, which run quicker than sums."""
+    dtype = accumulation_dtype(x, y)
 
     def leaf(xi: Array, yi: Array) -> Array:
         if explicitly_sharded(xi):  # a contraction of such an axis is an error
             return jnp.sum(_real_product(xi, yi, dtype))
         return _products(xi, yi, dtype, whole=True)
 
-    known: dict[frozenset, Array] = {}
-    for x in xs:
-        for y in ys:
-            if frozenset((id(x), id(y))) not in known:
-                known[frozenset((id(x), id(y)))] = _total(jax.tree.map(leaf, x, y), dtype)
-    return [[known[frozenset((id(x), id(y)))] for y in ys] for x in xs]
+    return _total(jax.tree.map(leaf, x, y), dtype)
 
 
 def _products(ci: Array, xi: Array, dtype: Any, whole: bool = False) -> Float[Array, "..."]:

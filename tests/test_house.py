@@ -25,6 +25,7 @@ FLOORS = [
     "solvers/__init__",
     "solvers/_base",
     "solvers/_picard",
+    "solvers/_safeguard",
     "solvers/_anderson",
     "_loop",
     "linear",

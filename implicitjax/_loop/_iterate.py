@@ -200,8 +200,11 @@ def _judge(
     quiet = is_quiet(now, vectors[0], vectors[1], tolerances.packing)
     before = Seen(*_number.cut(old.seen))
     seen = _number.see(before, new.step, now, sampled)
-    code = _decide(seen, now, sampled)
+    code = _decide(seen, now, solver)
     code, seen = settle(old.code == PROBING, code, quiet, before, seen, now, sampled)
+    numbers = lax.concatenate(seen, 0)
+    if solver.takes_back:  # a value that is not finite shows nothing
+        numbers = jnp.where(jnp.isnan(residual), old.seen, numbers)
     reference, best, history = new.reference, old.best, new.history
     if reference is not None:
         turn = lax.squeeze(seen.mark_at == seen.at, (0,)) | (code == PROBING)
@@ -221,22 +224,25 @@ def _judge(
         ahead=turn_aside(new.ahead, code == PROBING, x, r, unit, now),
         code=code,
         look_at=new.step + _number.steps_to_go(seen) if solver.steady else new.look_at,
-        seen=lax.concatenate(seen, 0),
+        seen=numbers,
         reference=reference,
         best=best,
         history=history,
     )
 
 
-def _decide(seen: Seen, now: Measured, sampled: bool) -> Int[Array, " 1"]:
+def _decide(seen: Seen, now: Measured, solver: AbstractSolver) -> Int[Array, " 1"]:
     """The code after a step."""
     code = choose(_watch.is_noise(seen, now), STAGNATED, RUNNING)
-    if not sampled:
+    if solver.steady:
         code = choose(_watch.is_cycle(now, seen), STAGNATED, code)
         code = choose(_watch.has_diverged(seen), DIVERGED, code)
     code = choose(_number.within(seen.error, now.residual, now.roundoff), CONVERGED, code)
     # Infinite units of the tolerance are no failure: at zero the tolerance may be zero.
-    return choose(jnp.isnan(now.residual), NONFINITE, code)
+    lost = jnp.isnan(now.residual)
+    if solver.takes_back:  # but not a guess, nor an iterate that is not finite
+        lost = lost & (jnp.isnan(now.dx) | (seen.at == 0))
+    return choose(lost, NONFINITE, code)
 
 
 def _wide(v: list, unit: list) -> list:

@@ -121,7 +121,7 @@ def see(seen: Seen, step: Int[Array, ""], now: Measured, sampled: bool) -> Seen:
         # A step whose residuals differ by round-off alone amplified that at least so much.
         lost = ABOVE * now.roundoff
         least = lax.select(lost > 0, now.dx / jnp.maximum(now.dr, lost), new)
-        most = jnp.maximum(most, least)
+        most = lax.select(least > most, least, most)  # NaN beside a value that is not finite
     better = now.residual < seen.best
     new = Seen(
         residual=now.residual,

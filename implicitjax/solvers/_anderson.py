@@ -1,6 +1,7 @@
 """Anderson acceleration."""
 
 import dataclasses
+from typing import ClassVar
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -11,13 +12,17 @@ from .. import _tree
 from .._check import damping_factor, positive_int
 from .._packing import Packing, whole as whole_leaves
 from ._base import AbstractSolver, Iterate, Map
+from ._safeguard import choose, look, Safeguard, unguarded
 
-# A difference of which this part or less is new starts the window anew, and so does a residual
-# that has grown by this factor.
-_NEW, _GREW = 1e-3, 2.0
-# An extrapolation failed if it made the residual worse by this factor; then follow at most so
-# many plain steps, until they have made it worse by the last one.
-_WORSE, _PLAIN, _AWAY = 2.0, 2**14, 1e3
+# Columns at the most: of up to so many unknowns, and of more.
+_COLUMNS, _LARGE, _FEWER = 20, 10**5, 10
+# The window starts anew where the square of what is new of a difference is this part of the whole
+# or less, where the residual is so many times what the window left of the one before, and after
+# a stall: so many steps, and half the columns, without a lesser residual.
+_NEW, _MISLED, _PATIENCE = 1e-6, 3.0, 10
+# Below the first of these parts of a step the window is emptied, below the second the solve gives
+# up where the map is not finite.
+_SHORT, _GIVES_UP = 2.0**-6, 2.0**-30
 
 
 class AndersonState(eqx.Module):
@@ -25,31 +30,31 @@ class AndersonState(eqx.Module):
 
     - `count`: steps taken so far.
     - `unit`: for each leaf the scale in which it is measured.
-    - `x`, `r`: the last iterate and its residual `f(x) - x`.
-    - `residual`: the norm of `r` in those units.
-    - `V`: orthonormal combinations of the last differences of residuals, stacked along the
-      first axis of each leaf.
-    - `U`: the same combinations of `dx + d dr`, with the differences of iterates.
+    - `x`, `r`: the last iterate that was not taken back, and its residual `f(x) - x`.
+    - `V`: orthonormal combinations of differences of residuals, stacked along the first axis of
+      each leaf.
+    - `U`: the same combinations of the differences of iterates.
+    - `S`: those combinations, one a column, or `None` where there are more unknowns than columns.
     - `active`: which of the `m` columns are in use.
-    - `plain`: how many plain steps are still to be taken; `patience`: how many there will be
-      the next time; `failed_at`: the residual at which they began.
+    - `left`: the length of `r - V g` at the last iterate, infinite where little is known of it;
+      and after a plain step; `None` beside `S`.
+    - `guard`: which steps are plain, and which are taken back.
     """
 
     count: Int[Array, ""]
     unit: list[Float[Array, ""]]
     x: Iterate
     r: Iterate
-    residual: Float[Array, ""]
     V: Iterate
     U: Iterate
+    S: Float[Array, "m m"] | None
     active: Bool[Array, " m"]
-    plain: Int[Array, ""]
-    patience: Int[Array, ""]
-    failed_at: Float[Array, ""]
+    left: Float[Array, ""] | None
+    guard: Safeguard
 
 
 class Anderson(AbstractSolver):
-    r"""Anderson acceleration, with the window kept orthonormal.
+    r"""Anderson acceleration, with the window kept orthonormal, and steps taken back.
 
     With the residual `r = f(x) - x`, and its last differences and those of the iterates as
     the columns of `dR` and `dX`, the step is
@@ -58,37 +63,43 @@ class Anderson(AbstractSolver):
 
     (Anderson, 1965; in this form Fang and Saad, *Numer. Linear Algebra Appl.* 16, 2009,
     equation 24, and Walker and Ni, *SIAM J. Numer. Anal.* 49, 2011, equation 2.2). Here the
-    columns are orthonormalised as they come, `dR = V T`, `U = (dX + d dR) T^-1`, so that
+    columns are orthonormalised as they come, `dR = V T`, `U = dX T^-1`, so that
 
-        g = V^T r,                      x <- x + d r - U g
+        g = V^T r,                      x <- x + d (r - V g) - U g
 
     with the least-squares problem perfectly conditioned and no system to solve. While the
-    window holds all differences this is Anderson's step. When it is full, the oldest
-    *direction* is dropped, not the oldest iterate, as in the truncated conjugate residual
-    method of He, Tang, Zhao, Saad and Xi (*SIAM J. Sci. Comput.* 46, 2024): where the
-    Jacobian is symmetric nothing is lost by it, and slow modes stay known.
+    window holds all differences this is Anderson's step. When it is full, the *direction* goes
+    that the last difference has least of, not the oldest iterate. Where the Jacobian is symmetric
+    nothing is lost by it, as in the truncated method of He, Tang, Zhao, Saad and Xi (*SIAM J. Sci.
+    Comput.* 46, 2024): slow modes stay known. A window as large as the unknown forgets the oldest
+    difference, since there every direction is needed.
 
-    Departures, each measured in `benchmarks/solvers.py`: the window starts anew when next to
-    nothing of a difference is new, or when the residual has doubled, since old differences of
-    a nonlinear map mislead then; where an extrapolation made the residual twice as large or
-    more, plain steps follow, twice as many each time, so that a map that contracts is
-    solved whatever extrapolation does; and each leaf is measured in units of its own size at
-    the start, so that the answer does not depend on the units of the unknown.
+    Safeguards, each measured in `benchmarks/`: a step that makes the residual ten times the least
+    one, or not finite, is taken back, and the next one goes half as far along the residual; what
+    it showed stays in the window. An extrapolation that goes against the residual is not taken,
+    since the map repels along it; plain steps are, until they too lead nowhere. So the solve ends
+    where plain iteration does, where that ends. After sixteen steps without progress the window is
+    emptied, and sixteen plain steps follow. Each leaf is measured in units of its own size at the
+    start, so that the answer does not depend on the units of the unknown.
 
     Needs `2 memory` stored iterates and `O(memory n)` operations a step; solves maps that
     do not contract.
 
-    - `memory`: columns kept, at most; never more than there are unknowns.
+    - `memory`: columns kept, at most; never more than there are unknowns. `None` for 20, and for 10
+      beyond 100,000 unknowns.
     - `damping`: `d`, above 0 and at most 1.
     - `layout`: which entries are of one leaf; set by the loop.
     """
 
-    memory: int = 10
+    takes_back: ClassVar[bool] = True
+
+    memory: int | None = None
     damping: float = 1.0
     layout: Packing | None = eqx.field(static=True, default=None)
 
     def __check_init__(self) -> None:
-        positive_int("Anderson(memory)", self.memory)
+        if self.memory is not None:
+            positive_int("Anderson(memory)", self.memory)
         damping_factor("Anderson(damping)", self.damping)
 
     def arrange(self, layout: Packing) -> "Anderson":
@@ -98,73 +109,84 @@ class Anderson(AbstractSolver):
     def init(self, x: Iterate) -> AndersonState:
         """An empty window."""
         unknowns = sum(xi.size * (2 if jnp.iscomplexobj(xi) else 1) for xi in x)
-        m = min(self.memory, unknowns)
+        most = self.memory or (_COLUMNS if unknowns <= _LARGE else _FEWER)
+        m, dtype = min(most, unknowns), _tree.accumulation_dtype(x)
         zeros = [jnp.zeros_like(xi) for xi in x]
         columns = [jnp.broadcast_to(zero, (m, *zero.shape)) for zero in zeros]  # sharded alike
-        none, nothing = jnp.zeros((), jnp.int32), jnp.zeros((), _tree.accumulation_dtype(x))
         return AndersonState(
-            count=none,
+            count=jnp.zeros((), jnp.int32),
             unit=self._sizes(x),
             x=zeros,
             r=zeros,
-            residual=nothing,
             V=columns,
             U=columns,
+            S=jnp.zeros((m, m), dtype) if m == unknowns else None,
             active=jnp.zeros((m,), bool),
-            plain=none,
-            patience=none + 1,
-            failed_at=nothing,
+            left=None if m == unknowns else jnp.full((), jnp.inf, dtype),
+            guard=unguarded(dtype),
         )
 
     def step(
         self, f: Map, x: Iterate, fx: Iterate, state: AndersonState
     ) -> tuple[Iterate, AndersonState]:
-        """`x + d r - U g` with `g = V^T r`."""
-        unit = _tree.where(state.count > 1, state.unit, self._sizes(_tree.stop_gradient(x)))
+        """`x + d (r - V g) - U g` with `g = V^T r`."""
+        started, m = state.count > 0, state.active.shape[0]
+        unit = _tree.where(started, state.unit, self._sizes(_tree.stop_gradient(fx)))
         scale = [ui.astype(xi.dtype) for xi, ui in zip(x, unit, strict=True)]
-        raw, started = _tree.sub(fx, x), state.count > 0
-        r, dr, dx = (
-            [vi / si for vi, si in zip(v, scale, strict=True)]
-            for v in (raw, _tree.sub(raw, state.r), _tree.sub(x, state.x))
-        )
-        du = _tree.axpy(self.damping, dr, dx)
+        scaled = lambda v: [vi / si for vi, si in zip(v, scale, strict=True)]
+        raw = _tree.sub(fx, x)
+        residual = _root(_tree.dot(scaled(raw), scaled(raw)))  # NaN or infinite where the value is
+        guard, back, stalled = look(state.guard, residual, _PATIENCE + m // 2)
+        dr, dx = scaled(_tree.sub(raw, state.r)), scaled(_tree.sub(x, state.x))
+        x, raw = _tree.where(back, (state.x, state.r), (x, raw))
+        r = scaled(raw)
 
-        # What the window, but for the slot that is due, has of the last difference and of r.
-        m = state.active.shape[0]
-        slot = lax.rem(state.count + (m - 1), jnp.int32(m))
+        # What the window has of the last difference and of r, but for the slot that is due.
+        V, U, S = state.V, state.U, state.S
+        if S is not None:
+            slot = lax.rem(state.count + (m - 1), jnp.int32(m))
+            V, U, S = _turn(V, U, S, slot)
+        products = _tree.inner_columns(V, [dr, r])
+        if S is None:
+            coupled = jnp.abs(lax.index_in_dim(products, 0, 1, keepdims=False))
+            slot = lax.argmin(
+                lax.select(state.active, coupled, -jnp.ones_like(coupled)), 0, "int32"
+            )
         here = lax.iota(jnp.int32, m) == slot
         others = state.active & ~here
-        products = _tree.inner_columns(state.V, [dr, r])
+        whole = _tree.dot(dr, dr)
+        finite = whole < jnp.inf
+        new = whole - jnp.sum(jnp.square(products[:, 0]), where=others)
+        empty = stalled | (back & (guard.fraction < _SHORT)) | ~(new > _NEW * whole)
+        if state.left is not None:
+            empty = empty | (residual > _MISLED * state.left)
+        others = others & ~empty
         products = jnp.where(others[:, None], products, 0)
-        (V_h,) = _tree.combine_columns(state.V, products[:, :1])
-        U_h, U_g = _tree.combine_columns(state.U, products)
+        V_h, V_g = _tree.combine_columns(V, products)
+        U_h, U_g = _tree.combine_columns(U, products)
 
         # The new column: what of the difference is new.
-        v, u = _tree.sub(dr, V_h), _tree.sub(du, U_h)
-        (whole, along), (_, squared) = _tree.inner_rows([dr, r], [dr, r])
-        ((new, part),) = _tree.inner_rows([v], [v, r])
-        residual, whole, new = _root(squared), _root(whole), _root(new)
-        anew = (new <= _NEW * whole) | (residual > _GREW * state.residual)
-        v, u = _tree.where(anew, (dr, du), (v, u))
-        length, part = lax.select(anew, whole, new), lax.select(anew, along, part)
-        usable = started & (length > 0)
-        shorten = lax.select(usable, 1 / _or_one(length), jnp.zeros_like(length))
-        v, u = _times(shorten, v), _times(shorten, u)
+        v, u = _tree.sub(dr, V_h), _tree.sub(dx, U_h)
+        length = _root(_tree.dot(v, v))
+        usable = started & (length > 0) & (length < jnp.inf)  # not of a value that is not finite
+        shorten, nothing = 1 / _or_one(length), [jnp.zeros_like(vi) for vi in v]
+        v, u = _tree.where(usable, (_times(shorten, v), _times(shorten, u)), (nothing, nothing))
+        g = _tree.dot(v, r)
+        active = (here & usable) | others
 
-        # Plain steps after an extrapolation that failed, until they too lead away.
-        failed = started & (state.plain == 0) & (residual > _WORSE * state.residual)
-        plain = lax.select(failed, state.patience, state.plain)
-        doubled = jnp.minimum(2 * state.patience, _PLAIN)
-        failed_at = lax.select(failed, residual, state.failed_at)
-        plain = lax.select(residual > _AWAY * failed_at, jnp.zeros_like(plain), plain)
-
-        extrapolate = (plain == 0).astype(length.dtype)
-        old = extrapolate * (1 - anew.astype(length.dtype))
-        g = extrapolate * shorten * part
-        out = []
-        for xi, ri, ui, Ui, si in zip(x, r, u, U_g, scale, strict=True):
-            g_i, old_i, d = (jnp.asarray(a).astype(xi.dtype) for a in (g, old, self.damping))
-            out.append(xi + si * (d * ri - old_i * Ui - g_i * ui))
+        # The step: what the window leaves of the residual, and what it takes away.
+        rest = _tree.axpy(-g, v, _tree.sub(r, V_g))
+        away = _tree.axpy(g, u, U_g)
+        d = jnp.asarray(self.damping).astype(length.dtype) * guard.fraction
+        step = _tree.sub(_times(d, rest), away)
+        guard, plain = choose(guard, _tree.dot(step, r) <= 0, ~jnp.any(active))
+        left = None if state.left is None else _left(rest, jnp.any(others) & ~(back | plain))
+        step = _tree.where(plain, _times(d, r), step)
+        ends = ~finite & (guard.fraction < _GIVES_UP)
+        out = [
+            lax.select(ends, jnp.full_like(xi, jnp.nan), xi + si * di)
+            for xi, si, di in zip(x, scale, step, strict=True)
+        ]
         put = lambda columns, column: [
             lax.dynamic_update_index_in_dim(ci, vi, slot, 0)
             for ci, vi in zip(columns, column, strict=True)
@@ -174,13 +196,12 @@ class Anderson(AbstractSolver):
             unit=unit,
             x=x,
             r=raw,
-            residual=residual,
-            V=put(state.V, v),
-            U=put(state.U, u),
-            active=(here & usable) | (others & ~anew),
-            plain=jnp.maximum(plain - 1, 0),
-            patience=lax.select(failed, doubled, state.patience),
-            failed_at=failed_at,
+            V=put(V, v),
+            U=put(U, u),
+            S=None if S is None else _record(S, products[:, 0], shorten, here, others),
+            active=active,
+            left=left,
+            guard=guard,
         )
 
     def _sizes(self, x: Iterate) -> list[Array]:
@@ -188,6 +209,44 @@ class Anderson(AbstractSolver):
         layout = whole_leaves(x) if self.layout is None else self.layout
         sizes = layout.spread_means(list(map(jnp.abs, x)))
         return [lax.select(size > 0, size, jnp.ones_like(size)) for size in sizes]
+
+
+def _turn(
+    V: Iterate, U: Iterate, S: Float[Array, "m m"], slot: Int[Array, ""]
+) -> tuple[Iterate, Iterate, Float[Array, "m m"]]:
+    """The same window in a basis of which the difference in `slot` has the direction there alone.
+
+    Row `slot` of `S` is what it has of every column. Householder's reflection `I - 2 h h^T / h^T h`
+    takes that row to a multiple of the unit vector (*Journal of the ACM* 5, 1958).
+    """
+    here = (lax.iota(jnp.int32, S.shape[0]) == slot).astype(S.dtype)
+    row = here @ S
+    row = row / _or_one(_root(row @ row))
+    h = row + jnp.where(here @ row > 0, here, -here)
+    weights = jnp.outer(h, h) * (2 / (h @ h))
+    turned = lambda columns: [
+        ci - jnp.tensordot(weights.astype(ci.dtype), ci, 1, precision="highest") for ci in columns
+    ]
+    return turned(V), turned(U), S - S @ weights
+
+
+def _record(
+    S: Float[Array, "m m"],
+    a: Float[Array, " m"],
+    shorten: Float[Array, ""],
+    here: Bool[Array, " m"],
+    others: Bool[Array, " m"],
+) -> Float[Array, "m m"]:
+    """`S` with the new column in place: the difference less `a` of the others, shortened."""
+    S = jnp.where(others[:, None] & others[None], S, 0)
+    column = shorten * (here.astype(S.dtype) - S @ a)
+    return S + jnp.outer(column, here.astype(S.dtype))
+
+
+def _left(rest: Iterate, known: Bool[Array, ""]) -> Float[Array, ""]:
+    """The length of what the window leaves of the residual, infinite where it holds too little."""
+    left = _root(_tree.dot(rest, rest))
+    return lax.select(known, left, jnp.full_like(left, jnp.inf))
 
 
 def _times(factor: Float[Array, ""], x: Iterate) -> Iterate:
@@ -198,8 +257,8 @@ def _times(factor: Float[Array, ""], x: Iterate) -> Iterate:
 
 def _root(squared: Float[Array, ""]) -> Float[Array, ""]:
     """The square root, with the derivative 0 at 0, for those who differentiate the iterations."""
-    return lax.select(squared > 0, jnp.sqrt(_or_one(squared)), jnp.zeros_like(squared))
+    return lax.select(squared == 0, squared, jnp.sqrt(_or_one(squared)))
 
 
 def _or_one(x: Float[Array, ""]) -> Float[Array, ""]:
-    return lax.select(x > 0, x, jnp.ones_like(x))
+    return lax.select(x == 0, jnp.ones_like(x), x)

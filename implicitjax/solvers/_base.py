@@ -22,11 +22,14 @@ class AbstractSolver(eqx.Module):
     - `steady`: whether the residual of a solve falls at the rate of its error, so that the rate
       alone tells the error. A method without memory, such as Picard's iteration.
     - `uses_map`: whether a step costs evaluations or products of its own.
+    - `takes_back`: whether a step copes with an `fx` that is not finite, by a return to an earlier
+      iterate. The loop then ends only where an iterate is not finite.
     - `steps_to_value`: whether the next iterate is `f(x)` itself, so that it is stored once.
     """
 
     steady: ClassVar[bool] = False
     uses_map: ClassVar[bool] = False
+    takes_back: ClassVar[bool] = False
 
     @property
     def steps_to_value(self) -> bool:
