@@ -21,12 +21,30 @@ class ImplicitAdjoint(AbstractAdjoint):
     One linear solve for a tangent or a cotangent, whatever number of steps the solver took,
     and no memory for them.
 
+    **Arguments**
+
     - `linear_solver`: for the systems with `A = I - df/dx` and its transpose; one of ours, or of
       Lineax.
     - `rule`: `"jvp"` serves forward mode, reverse mode and any mixture to any order. For
       reverse mode it needs of `f` a pullback alone, so that `f` may hold a `custom_vjp`,
       and for forward mode a pushforward alone, so that `f` may hold a `while_loop`.
       `"vjp"` serves reverse mode alone and touches nothing but pullbacks of `f`.
+
+    **Raises**
+
+    `TypeError` where `linear_solver` is none; `ValueError` for another `rule`.
+
+    ```python
+    >>> import jax, implicitjax as ij
+    >>> adjoint = ij.ImplicitAdjoint(linear_solver=ij.GMRES())
+    >>> def root(a):  # Heron's iteration for the square root
+    ...     return ij.implicit_fixed_point(lambda x: 0.5 * (x + a / x), 1.0, adjoint=adjoint).value
+    >>> print(f"{jax.grad(root)(9.0):.4f}")
+    0.1667
+
+    ```
+
+    Source: as `implicit_fixed_point`.
     """
 
     linear_solver: AbstractLinearSolver = eqx.field(
@@ -50,6 +68,19 @@ class UnrolledAdjoint(AbstractAdjoint):
     it is about as far off as the residual that is left of the first one. From a guess so good that
     more than a thousandth is left (in low precision, than `eps^(2/3)`) there is no derivative: a
     `DerivativeError`, or NaN, as `on_failure` has it; under `"return"` it is what the steps made.
+
+    ```python
+    >>> import jax, jax.numpy as jnp, implicitjax as ij
+    >>> def solve(a):
+    ...     return ij.implicit_fixed_point(
+    ...         lambda x: jnp.cos(a * x), 0.5, adjoint=ij.UnrolledAdjoint(), max_steps=50
+    ...     ).value
+    >>> print(f"{jax.grad(solve)(1.0):.4f}")
+    -0.2975
+
+    ```
+
+    Source: Gilbert, *Optimization Methods and Software* 1, 1992.
     """
 
     @staticmethod

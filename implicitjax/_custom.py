@@ -60,7 +60,20 @@ def custom_fixed_point(f: Callable[..., PyTree], **keywords: Any) -> Callable[[S
 def custom_root(g: Callable[..., PyTree], **keywords: Any) -> Callable[[Solve], Solve]:
     """Gives any solver `(x0, *args) -> x` of `g(x, *args) = 0` the implicit derivative.
 
-    As `custom_fixed_point`, with `g` and the keywords of `implicit_root`.
+    As `custom_fixed_point`, for roots.
+
+    **Arguments**
+
+    - `g`: as for `implicit_root`.
+    - `keywords`: those of `implicit_root`, but not `has_aux`, `history` and `progress`.
+
+    **Returns**
+
+    A decorator of solvers. The decorated solver returns `x`.
+
+    **Raises**
+
+    As `custom_fixed_point`.
 
     ```python
     >>> import jax, jax.numpy as jnp, implicitjax as ij
@@ -71,6 +84,8 @@ def custom_root(g: Callable[..., PyTree], **keywords: Any) -> Callable[[Solve], 
     0.2500
 
     ```
+
+    Source: as for `implicit_root`.
     """
     return _decorator(g, implicit_root, keywords)
 

@@ -15,6 +15,8 @@ class FixedPointLayer(eqx.Module):
     A pytree: the arrays in `f` and `init` are its parameters, found by `jax.grad`,
     `eqx.filter_grad` and optimisers like those of any other layer.
 
+    **Arguments**
+
     - `f`: the map, `f(x, *inputs) -> x`, usually an Equinox module.
     - `init`: the guess, `init(*inputs) -> x0`.
     - `keywords`: those of `implicit_fixed_point`, but not `has_aux`.
@@ -31,6 +33,8 @@ class FixedPointLayer(eqx.Module):
     (3,)
 
     ```
+
+    Source: Bai, Kolter and Koltun, *Deep Equilibrium Models*, NeurIPS 32, 2019.
     """
 
     f: Callable[..., PyTree]

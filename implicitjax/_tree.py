@@ -163,12 +163,19 @@ def rms_norm(x: PyTree) -> Float[Array, ""]:
     A real scalar of the widest real dtype among the leaves, float32 at least; 0 for an
     empty tree. NaN and infinity in any entry reach the result.
 
+    **Raises**
+
+    `ValueError` for a leaf that is neither real nor complex.
+
     ```python
     >>> import jax.numpy as jnp, implicitjax as ij
     >>> float(ij.rms_norm([jnp.array([3.0, 4.0]), jnp.array([0.0, 0.0])]))
     2.5
 
     ```
+
+    Source: Hairer, Nørsett and Wanner, *Solving Ordinary Differential Equations I*, 1993,
+    equation II.4.11.
     """
     return jnp.sqrt(inner(x, x) / max(size(x), 1))
 

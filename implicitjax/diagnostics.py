@@ -56,6 +56,8 @@ def structure(f: Callable[..., Any], x0: PyTree, *args: Any, has_aux: bool = Fal
     output        1 of 3 leaves,        3 of 7 numbers
 
     ```
+
+    Source: for the groups, strongly connected components, Tarjan, *SIAM J. Comput.* 1, 1972.
     """
     problem, inputs = trace(f, x0, args, has_aux)
     table, counts = problem.table(problem.roles).leaves, {}

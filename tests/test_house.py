@@ -125,5 +125,6 @@ def test_examples_in_docstrings_run(path):
     name = ".".join(["implicitjax", *path.relative_to(ROOT).with_suffix("").parts])
     module = __import__(name.removesuffix(".__init__"), fromlist=["_"])
     with jax.enable_x64(False), jax.numpy_dtype_promotion("standard"):
-        failed, _ = doctest.testmod(module)
+        failed, run = doctest.testmod(module)
     assert failed == 0
+    assert run == path.read_text().count(">>> ")  # none is overlooked

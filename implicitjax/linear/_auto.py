@@ -32,8 +32,25 @@ class AutoLinearSolver(PrecisionAware):
     counts as two unknowns. Unknowns that are sharded over mesh axes of type `Explicit` are never
     gathered into a matrix.
 
+    **Arguments**
+
     - `dense_limit`: unknowns up to which a matrix is factorised.
     - `epsilon`: the round-off of products with `A`; set by the rule.
+
+    **Raises**
+
+    `ValueError` for a `dense_limit` below 1.
+
+    ```python
+    >>> import jax.numpy as jnp, implicitjax as ij
+    >>> d = jnp.linspace(1.0, 2.0, 1000)  # a diagonal
+    >>> out = ij.AutoLinearSolver().solve(lambda v: [d * v[0]], [d])
+    >>> print(f"{out.value[0].min():.3f} {out.value[0].max():.3f}")
+    1.000 1.000
+
+    ```
+
+    Source: as `DenseLU`, `Anderson` and `BiCGStab`.
     """
 
     dense_limit: int = 512

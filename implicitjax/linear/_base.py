@@ -44,6 +44,23 @@ class AbstractLinearSolver(eqx.Module):
     shapes; a complex unknown has become its real and imaginary parts before it comes here.
     A solver need not be differentiable: the rule above it is. It must not raise when
     `A` is singular, but return what it has with the residual measured.
+
+    A method of one's own has one function, which returns a `LinearSolution`.
+
+    ```python
+    >>> import jax, jax.numpy as jnp, implicitjax as ij
+    >>> class Diagonal(ij.AbstractLinearSolver):  # for maps that act on each entry alone
+    ...     def solve(self, A, b):
+    ...         size = jnp.sqrt(sum(jnp.vdot(x, x) for x in b))
+    ...         u = [x / d for x, d in zip(b, A([jnp.ones_like(x) for x in b]))]
+    ...         left = jnp.sqrt(sum(jnp.sum((x - y) ** 2) for x, y in zip(b, A(u)))) / size
+    ...         return ij.LinearSolution(u, left, left * 0 + 1e-3, left * 0 + 1, left <= 1e-3)
+    >>> adjoint = ij.ImplicitAdjoint(linear_solver=Diagonal())
+    >>> solve = lambda a: ij.implicit_fixed_point(lambda x: 0.5 * x + a, a, adjoint=adjoint).value
+    >>> print(jax.jvp(solve, (jnp.ones(2),), (jnp.ones(2),))[1])
+    [2. 2.]
+
+    ```
     """
 
     def at_precision(self, epsilon: float) -> "AbstractLinearSolver":

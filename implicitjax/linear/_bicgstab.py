@@ -18,17 +18,34 @@ from ._bounded import polished
 
 
 class BiCGStab(PrecisionAware):
-    """The stabilised biconjugate gradient method (van der Vorst, 1992).
+    """The stabilised biconjugate gradient method.
 
     Keeps eight vectors whatever the number of steps, two products a step; less robust than
     `GMRES`. The method is `jax.scipy.sparse.linalg.bicgstab`; its error is measured, see
     `polished`.
+
+    **Arguments**
 
     - `rtol`: the relative residual to reach, and the relative error of what is returned;
       `None` for `eps^(2/3)` of the dtype.
     - `max_steps`: steps at the most; `None` for ten a number of the unknown, 1000 at the
       most.
     - `epsilon`: the round-off of products with `A`; set by the rule.
+
+    **Raises**
+
+    `ValueError` for an `rtol` below 0 or `max_steps` below 1.
+
+    ```python
+    >>> import jax.numpy as jnp, implicitjax as ij
+    >>> A = jnp.array([[2.0, 1.0], [0.0, 4.0]])
+    >>> out = ij.BiCGStab().solve(lambda v: [A @ v[0]], [jnp.array([4.0, 8.0])])
+    >>> print("{:.3f} {:.3f}".format(*out.value[0]))
+    1.000 2.000
+
+    ```
+
+    Source: van der Vorst, *SIAM J. Sci. Stat. Comput.* 13, 1992.
     """
 
     rtol: float | None = None

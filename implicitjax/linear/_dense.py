@@ -39,8 +39,7 @@ class DenseLU(PrecisionAware):
 
     The measure is what two samples of a perturbation do, of one unit of round-off in every
     entry of `I`, of `I - A` and of `b`: `A^-1 (s * g) eps` with random `s` and
-    `g = (I + |I - A|) |u| + |b|` (Skeel, 1979; Higham, *Accuracy and Stability of Numerical
-    Algorithms*, 2002, section 7.2). It does not depend on the units of equations or unknowns. Where
+    `g = (I + |I - A|) |u| + |b|`. It does not depend on the units of equations or unknowns. Where
     it says that fewer than a third of the digits are left, `A` counts as singular. The one singular
     system that is solved is one with a gauge freedom: when its equations and unknowns are scaled,
     some singular values are round-off, `sigma <= n eps sigma_max`, the right-hand side has nothing
@@ -50,6 +49,8 @@ class DenseLU(PrecisionAware):
     Costs `n` products, `n^2` numbers and `2/3 n^3` operations for `n` unknowns. On a CPU the
     matrices of a batch are factorised one after another: XLA runs the factorisations of a batch in
     a pool of threads in which they may wait for each other without end.
+
+    **Arguments**
 
     - `epsilon`: the round-off of products with `A`; set by the rule.
 
@@ -61,6 +62,9 @@ class DenseLU(PrecisionAware):
     [1.0, 2.0]
 
     ```
+
+    Source: Skeel, *Journal of the ACM* 26, 1979; Higham, *Accuracy and Stability of Numerical
+    Algorithms*, 2002, section 7.2 for the measure, and chapter 12 for the refinement.
     """
 
     def solve(self, A: Operator, b: Vector) -> LinearSolution:

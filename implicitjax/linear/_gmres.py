@@ -16,12 +16,14 @@ from ._bounded import polished
 
 
 class GMRES(PrecisionAware):
-    """The generalised minimal residual method, restarted (Saad and Schultz, 1986).
+    """The generalised minimal residual method, restarted.
 
     Matrix-free: it needs products alone, keeps `restart` vectors, and works on the leaves
     as they lie, so that nothing is gathered on a mesh. The method is
     `jax.scipy.sparse.linalg.gmres`; it reports no status, so its error is
     measured, see `polished`.
+
+    **Arguments**
 
     - `rtol`: the relative residual to reach, and the relative error of what is returned;
       `None` for `eps^(2/3)` of the dtype.
@@ -29,6 +31,21 @@ class GMRES(PrecisionAware):
     - `max_steps`: products at the most; `None` for ten a number of the unknown, 1000 at
       the most.
     - `epsilon`: the round-off of products with `A`; set by the rule.
+
+    **Raises**
+
+    `ValueError` for an `rtol` below 0, and for `restart` or `max_steps` below 1.
+
+    ```python
+    >>> import jax.numpy as jnp, implicitjax as ij
+    >>> A = jnp.array([[2.0, 1.0], [0.0, 4.0]])
+    >>> out = ij.GMRES().solve(lambda v: [A @ v[0]], [jnp.array([4.0, 8.0])])
+    >>> print("{:.3f} {:.3f}".format(*out.value[0]))
+    1.000 2.000
+
+    ```
+
+    Source: Saad and Schultz, *SIAM J. Sci. Stat. Comput.* 7, 1986.
     """
 
     rtol: float | None = None

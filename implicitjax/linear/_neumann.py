@@ -22,16 +22,36 @@ class Neumann(PrecisionAware):
     With `A = I - J` and `d = 1` it is `u = sum_k J^k b`, which is the backward pass of a
     converged unrolled iteration.
 
+    **Arguments**
+
     - `terms`: with `None` the series is summed until the residual is `rtol |b|`, in at most
       `max_steps` terms, and held to that. It converges where `|1 - d lambda| < 1` for all
       eigenvalues `lambda` of `A`. With `terms=k` it is exactly `k` terms and no more, an
       approximation that is asked for and thus not a failure. `Neumann(terms=1)` is the
-      Jacobian-free backpropagation of Fung et al. (2022); `Neumann(terms=k, damping=d)` with
-      `d < 1` the phantom gradient of Geng et al. (2021).
+      Jacobian-free backpropagation of Fung and others; `Neumann(terms=k, damping=d)` with
+      `d < 1` the phantom gradient of Geng and others.
     - `damping`: `d`, above 0 and at most 1.
     - `rtol`, `max_steps`: the relative residual to reach, `None` for `eps^(2/3)` of the
       dtype, and the terms it may take; not used with `terms=k`.
     - `epsilon`: the round-off of products with `A`; set by the rule.
+
+    **Raises**
+
+    `ValueError` for `terms` or `max_steps` below 1, a damping outside of that, an `rtol` below 0.
+
+    ```python
+    >>> import jax, jax.numpy as jnp, implicitjax as ij
+    >>> adjoint = ij.ImplicitAdjoint(linear_solver=ij.Neumann(terms=1))
+    >>> f = lambda x, a: 0.5 * x + a  # its derivative in a is 2
+    >>> solve = lambda a: ij.implicit_fixed_point(f, 0.0, a, adjoint=adjoint).value
+    >>> print(jax.grad(solve)(1.0))
+    1.0
+
+    ```
+
+    Source: Neumann, *Untersuchungen über das logarithmische und Newton'sche Potential*, 1877; Fung,
+    Heaton, Li, McKenzie, Osher and Yin, *AAAI* 36, 2022; Geng, Zhang, Bai, Wang and Lin, *NeurIPS*
+    34, 2021.
     """
 
     terms: int | None = None

@@ -61,34 +61,51 @@ class Anderson(AbstractSolver):
 
         g = argmin_g |r - dR g|,        x <- x + d (r - dR g) - dX g
 
-    (Anderson, 1965; in this form Fang and Saad, *Numer. Linear Algebra Appl.* 16, 2009,
-    equation 24, and Walker and Ni, *SIAM J. Numer. Anal.* 49, 2011, equation 2.2). Here the
-    columns are orthonormalised as they come, `dR = V T`, `U = dX T^-1`, so that
+    Here the columns are orthonormalised as they come, `dR = V T`, `U = dX T^-1`, so that
 
         g = V^T r,                      x <- x + d (r - V g) - U g
 
     with the least-squares problem perfectly conditioned and no system to solve. While the
     window holds all differences this is Anderson's step. When it is full, the *direction* goes
     that the last difference has least of, not the oldest iterate. Where the Jacobian is symmetric
-    nothing is lost by it, as in the truncated method of He, Tang, Zhao, Saad and Xi (*SIAM J. Sci.
-    Comput.* 46, 2024): slow modes stay known. A window as large as the unknown forgets the oldest
-    difference, since there every direction is needed.
+    nothing is lost by it, as in the truncated method of He and others: slow modes stay known. A
+    window as large as the unknown forgets the oldest difference, since there every direction is
+    needed.
 
     Safeguards, each measured in `benchmarks/`: a step that makes the residual ten times the least
     one, or not finite, is taken back, and the next one goes half as far along the residual; what
     it showed stays in the window. An extrapolation that goes against the residual is not taken,
     since the map repels along it; plain steps are, until they too lead nowhere. So the solve ends
-    where plain iteration does, where that ends. After sixteen steps without progress the window is
-    emptied, and sixteen plain steps follow. Each leaf is measured in units of its own size at the
-    start, so that the answer does not depend on the units of the unknown.
+    where plain iteration does, where that ends. The window starts anew after a stall, and where it
+    misleads: where the residual is three times what the window left of the one before. Each leaf is
+    measured in units of its own size at the start, so that the answer does not depend on the units
+    of the unknown.
 
     Needs `2 memory` stored iterates and `O(memory n)` operations a step; solves maps that
     do not contract.
+
+    **Arguments**
 
     - `memory`: columns kept, at most; never more than there are unknowns. `None` for 20, and for 10
       beyond 100,000 unknowns.
     - `damping`: `d`, above 0 and at most 1.
     - `layout`: which entries are of one leaf; set by the loop.
+
+    **Raises**
+
+    `ValueError` for a memory below 1 or a damping outside of that.
+
+    ```python
+    >>> import implicitjax as ij
+    >>> f = lambda x: 5 - 3 * x  # does not contract
+    >>> print(f"{ij.implicit_fixed_point(f, 0.0, solver=ij.Anderson(memory=2)).value:.4f}")
+    1.2500
+
+    ```
+
+    Source: Anderson, *Journal of the ACM* 12, 1965; in this form Fang and Saad, *Numer. Linear
+    Algebra Appl.* 16, 2009, equation 24, and Walker and Ni, *SIAM J. Numer. Anal.* 49, 2011,
+    equation 2.2; for the window He, Tang, Zhao, Saad and Xi, *SIAM J. Sci. Comput.* 46, 2024.
     """
 
     takes_back: ClassVar[bool] = True

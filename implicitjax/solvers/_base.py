@@ -25,6 +25,20 @@ class AbstractSolver(eqx.Module):
     - `takes_back`: whether a step copes with an `fx` that is not finite, by a return to an earlier
       iterate. The loop then ends only where an iterate is not finite.
     - `steps_to_value`: whether the next iterate is `f(x)` itself, so that it is stored once.
+
+    A method of one's own has two functions.
+
+    ```python
+    >>> import jax.numpy as jnp, implicitjax as ij
+    >>> class Halfway(ij.AbstractSolver):
+    ...     def init(self, x):
+    ...         return None
+    ...     def step(self, f, x, fx, state):
+    ...         return [0.5 * (a + b) for a, b in zip(x, fx)], state
+    >>> print(f"{ij.implicit_fixed_point(jnp.cos, 1.0, solver=Halfway()).value:.4f}")
+    0.7391
+
+    ```
     """
 
     steady: ClassVar[bool] = False

@@ -16,14 +16,29 @@ from ._base import AbstractSolver, Iterate, Map
 class Newton(AbstractSolver):
     """Newton's method for `f(x) - x = 0`: `x <- x + (I - J)^-1 (f(x) - x)`.
 
-    Converges quadratically near a solution where `I - J` is regular, contractive or not
-    (Ortega and Rheinboldt, *Iterative Solution of Nonlinear Equations*, 1970, chapter 10).
-    A complex unknown counts as two reals, so that `f` need not be holomorphic.
+    Converges quadratically near a solution where `I - J` is regular, contractive or not.
+    A complex unknown counts as two reals, so that `f` need not be holomorphic. `f` must have a
+    pushforward (`jax.jvp`).
 
-    - `linear_solver`: for the system with `I - J`; by default dense for small unknowns and
-      GMRES for large ones. One of Lineax is taken too.
+    **Arguments**
 
-    `f` must have a pushforward (`jax.jvp`).
+    - `linear_solver`: for the system with `I - J`; `AutoLinearSolver()` by default. One of Lineax
+      is taken too.
+
+    **Raises**
+
+    `TypeError` where `linear_solver` is none.
+
+    ```python
+    >>> import jax.numpy as jnp, implicitjax as ij
+    >>> solution = ij.implicit_fixed_point(lambda x: jnp.cos(3 * x), 0.4, solver=ij.Newton())
+    >>> print(f"{solution.value:.4f} after {solution.stats.num_steps} steps")
+    0.3900 after 2 steps
+
+    ```
+
+    Source: Ortega and Rheinboldt, *Iterative Solution of Nonlinear Equations in Several Variables*,
+    1970, section 7.1, for the method, and theorem 10.2.2 for its order.
     """
 
     uses_map: ClassVar[bool] = True
