@@ -113,7 +113,7 @@ def _is_primal(x: Any) -> bool:
     return isinstance(x, CustomVJPPrimal)
 
 
-def _pick(chosen: list[bool], leaves: Vector) -> Vector:
+def _pick(chosen: list[bool], leaves: list[Any]) -> list[Any]:
     return [leaf for leaf, c in zip(leaves, chosen, strict=True) if c]
 
 

@@ -1,4 +1,7 @@
-"""Strict JAX for every test: float64, no silent promotion of dtypes or ranks."""
+"""Strict JAX for every test: float64, no silent promotion of dtypes or ranks.
+
+The annotations of the package are checks.
+"""
 
 import os
 import pathlib
@@ -13,7 +16,33 @@ os.environ.setdefault(
 )
 
 import jax
+import jaxtyping
 import pytest
+from beartype import beartype, BeartypeConf
+
+ROOT = pathlib.Path(__file__).parents[1]
+# Each call of the eager path runs these hundreds of times, and they hold no arrays.
+UNCHECKED = ("_trace/_key.py", "_trace/_exact.py")
+_checks = {}
+
+
+def checked(signature):
+    """The check of a signature: `beartype`, which looks at the first item of a list and not at one
+    drawn at random. Kept, since a function within a function is decorated whenever it is made.
+    """
+    annotations = tuple(signature.__annotations__.items())
+    key = (signature.__qualname__, signature.__code__.co_varnames, annotations)
+    key = (signature.__module__, *key)
+    if key not in _checks:
+        _checks[key] = beartype(conf=BeartypeConf(is_random=False))(signature)
+    return _checks[key]
+
+
+PACKAGE = ROOT / "implicitjax"
+FILES = {p for p in PACKAGE.rglob("*.py") if p.name != "__init__.py"}
+FILES -= {PACKAGE / name for name in UNCHECKED}
+NAMES = [".".join(p.relative_to(ROOT).with_suffix("").parts) for p in sorted(FILES)]
+jaxtyping.install_import_hook(NAMES, "tests.conftest.checked")
 
 jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -29,6 +58,12 @@ def forget_programs():
     maps = pathlib.Path("/proc/self/maps")
     if not maps.exists() or maps.read_bytes().count(b"\n") > 10_000:
         jax.clear_caches()
+
+
+@pytest.fixture
+def unchecked(monkeypatch):
+    """Runs a test without the checks of annotations, as users do: they come before ours."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
 
 
 @pytest.fixture

@@ -11,6 +11,8 @@ import pytest
 
 import implicitjax as ij
 
+pytestmark = pytest.mark.usefixtures("unchecked")
+
 
 def solve(f, x0, *args, **keywords):
     return ij.implicit_fixed_point(f, x0, *args, **keywords)

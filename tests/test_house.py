@@ -8,9 +8,12 @@ import re
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import pytest
+from jaxtyping import TypeCheckError
 
 import implicitjax as ij
+from implicitjax import _tree
 
 ROOT = Path(ij.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
@@ -98,6 +101,13 @@ def test_only_public_names_of_jax_and_equinox_are_used():
     for path in FILES:
         text = path.read_text()
         assert not re.search(r"jax\._src|equinox\.internal|eqx\.internal|eqxi", text), path
+
+
+def test_annotations_are_checks():
+    with pytest.raises(TypeCheckError, match="condition"):
+        _tree.where(jnp.zeros(2, bool), jnp.zeros(2), jnp.ones(2))  # of a scalar
+    with pytest.raises(TypeCheckError, match="num_steps"):
+        ij.Stats(*[jnp.zeros(())] * 6)  # of integers
 
 
 @pytest.mark.parametrize("name", ij.__all__)

@@ -1,7 +1,8 @@
 """The Neumann series: exact in the limit, an approximate gradient when truncated."""
 
 import jax.numpy as jnp
-from jax import lax
+from jax import Array, lax
+from jaxtyping import Float
 
 from .._check import damping_factor, nonnegative, positive_int
 from .._tree import axpy, inner, sub
@@ -55,7 +56,7 @@ class Neumann(PrecisionAware):
     """
 
     terms: int | None = None
-    damping: float = 1.0
+    damping: float | Float[Array, ""] = 1.0
     rtol: float | None = None
     max_steps: int = 10_000
 

@@ -29,7 +29,7 @@ class AndersonState(eqx.Module):
     """What Anderson acceleration remembers.
 
     - `count`: steps taken so far.
-    - `unit`: for each leaf the scale in which it is measured.
+    - `unit`: for each leaf the scale in which it is measured; for each entry of a vector of leaves.
     - `x`, `r`: the last iterate that was not taken back, and its residual `f(x) - x`.
     - `V`: orthonormal combinations of differences of residuals, stacked along the first axis of
       each leaf.
@@ -42,7 +42,7 @@ class AndersonState(eqx.Module):
     """
 
     count: Int[Array, ""]
-    unit: list[Float[Array, ""]]
+    unit: list[Float[Array, "..."]]
     x: Iterate
     r: Iterate
     V: Iterate
@@ -111,7 +111,7 @@ class Anderson(AbstractSolver):
     takes_back: ClassVar[bool] = True
 
     memory: int | None = None
-    damping: float = 1.0
+    damping: float | Float[Array, ""] = 1.0
     layout: Packing | None = eqx.field(static=True, default=None)
 
     def __check_init__(self) -> None:

@@ -2,6 +2,9 @@
 
 from typing import ClassVar
 
+from jax import Array
+from jaxtyping import Float
+
 from .._check import damping_factor
 from .._tree import axpy, sub
 from ._base import AbstractSolver, Iterate, Map
@@ -36,7 +39,7 @@ class Picard(AbstractSolver):
 
     steady: ClassVar[bool] = True
 
-    damping: float = 1.0
+    damping: float | Float[Array, ""] = 1.0
 
     def __check_init__(self) -> None:
         damping_factor("Picard(damping)", self.damping)
