@@ -129,7 +129,7 @@ def _products(ci: Array, xi: Array, dtype: Any, whole: bool = False) -> Float[Ar
     )
 
 
-def explicitly_sharded(x: Array) -> bool:
+def explicitly_sharded(x: Array | jax.ShapeDtypeStruct) -> bool:
     return any(axis is not None for axis in jax.typeof(x).sharding.spec)
 
 
