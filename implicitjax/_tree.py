@@ -91,42 +91,25 @@ def squares(x: Array) -> Array:
     return _real_product(x, x, accumulation_dtype(x))
 
 
-def inner_columns(columns: PyTree, rows: Sequence[PyTree]) -> Float[Array, "m k"]:
-    """`Re <column_i, row_j>` for `m` columns, stacked along the first axis, and `k` rows."""
-    dtype = accumulation_dtype(columns, rows)
-
-    def leaf(ci: Array, *xi: Array) -> Array:
-        if explicitly_sharded(xi[0]):  # a contraction of such an axis is an error
-            product = _real_product(ci[:, None], jnp.stack(xi)[None], dtype)
-            return jnp.sum(product, axis=tuple(range(2, product.ndim)))
-        if xi[0].size < SMALL:
-            return _products(ci, jnp.stack(xi), dtype)
-        return jnp.concatenate([_products(ci, x[None], dtype) for x in xi], axis=1)
-
-    return _total(jax.tree.map(leaf, columns, *rows), dtype)
-
-
-def dot(x: PyTree, y: PyTree) -> Float[Array, ""]:
-    """`Re <x, y>` as `inner` has it, but by contractions, which run quicker than sums."""
+def dot(x: PyTree, y: PyTree) -> Float[Array, "..."]:
+    """`Re <x, y>` as `inner` has it, but by contractions, which run quicker than sums. Where the
+    leaves of `x` have a further axis in front, one product for each entry of it.
+    """
     dtype = accumulation_dtype(x, y)
 
     def leaf(xi: Array, yi: Array) -> Array:
-        if explicitly_sharded(xi):  # a contraction of such an axis is an error
-            return jnp.sum(_real_product(xi, yi, dtype))
-        return _products(xi, yi, dtype, whole=True)
+        more = xi.ndim - yi.ndim
+        axes = tuple(range(more, xi.ndim))
+        if explicitly_sharded(yi):  # a contraction of such an axis is an error
+            return jnp.sum(_real_product(xi, jnp.expand_dims(yi, range(more)), dtype), axis=axes)
+        xi, yi = widen(xi, dtype), widen(yi, dtype)
+        pairs = [(xi.real, yi.real), (xi.imag, yi.imag)] if jnp.iscomplexobj(xi) else [(xi, yi)]
+        dims = ((axes, tuple(range(yi.ndim))), ((), ()))
+        return functools.reduce(
+            jnp.add, [lax.dot_general(u, v, dims, precision="highest") for u, v in pairs]
+        )
 
     return _total(jax.tree.map(leaf, x, y), dtype)
-
-
-def _products(ci: Array, xi: Array, dtype: Any, whole: bool = False) -> Float[Array, "..."]:
-    """`Re <ci_i, xi_j>`, or of the `whole` arrays; as contractions, which run quicker than sums."""
-    ci, xi = widen(ci, dtype), widen(xi, dtype)
-    pairs = [(ci.real, xi.real), (ci.imag, xi.imag)] if jnp.iscomplexobj(ci) else [(ci, xi)]
-    axes = tuple(range(0 if whole else 1, ci.ndim))
-    dims = ((axes, axes), ((), ()))
-    return functools.reduce(
-        jnp.add, [lax.dot_general(c, v, dims, precision="highest") for c, v in pairs]
-    )
 
 
 def explicitly_sharded(x: Array | jax.ShapeDtypeStruct) -> bool:

@@ -163,24 +163,22 @@ class Anderson(AbstractSolver):
         if S is not None:
             slot = lax.rem(state.count + (m - 1), jnp.int32(m))
             V, U, S = _turn(V, U, S, slot)
-        products = _tree.inner_columns(V, [dr, r])
+        a, b = _tree.dot(V, dr), _tree.dot(V, r)
         if S is None:
-            coupled = jnp.abs(lax.index_in_dim(products, 0, 1, keepdims=False))
-            slot = lax.argmin(
-                lax.select(state.active, coupled, -jnp.ones_like(coupled)), 0, "int32"
-            )
+            coupled = lax.select(state.active, jnp.abs(a), jnp.full_like(a, -1))
+            slot = lax.argmin(coupled, 0, "int32")
         here = lax.iota(jnp.int32, m) == slot
-        others = state.active & ~here
+        others, zeros = state.active & ~here, jnp.zeros_like(a)
         whole = _tree.dot(dr, dr)
         finite = whole < jnp.inf
-        new = whole - jnp.sum(jnp.square(products[:, 0]), where=others)
+        new = whole - jnp.sum(jnp.square(lax.select(others, a, zeros)))
         empty = stalled | (back & (guard.fraction < _SHORT)) | ~(new > _NEW * whole)
         if state.left is not None:
             empty = empty | (residual > _MISLED * state.left)
         others = others & ~empty
-        products = jnp.where(others[:, None], products, 0)
-        V_h, V_g = _tree.combine_columns(V, products)
-        U_h, U_g = _tree.combine_columns(U, products)
+        a, b = lax.select(others, a, zeros), lax.select(others, b, zeros)
+        V_h, V_g = _tree.combine_columns(V, jnp.stack([a, b], axis=1))
+        U_h, U_g = _tree.combine_columns(U, jnp.stack([a, b], axis=1))
 
         # The new column: what of the difference is new.
         v, u = _tree.sub(dr, V_h), _tree.sub(dx, U_h)
@@ -215,7 +213,7 @@ class Anderson(AbstractSolver):
             r=raw,
             V=put(V, v),
             U=put(U, u),
-            S=None if S is None else _record(S, products[:, 0], shorten, here, others),
+            S=None if S is None else _record(S, a, shorten, here, others),
             active=active,
             left=left,
             guard=guard,
@@ -274,7 +272,9 @@ def _times(factor: Float[Array, ""], x: Iterate) -> Iterate:
 
 def _root(squared: Float[Array, ""]) -> Float[Array, ""]:
     """The square root, with the derivative 0 at 0, for those who differentiate the iterations."""
-    return lax.select(squared == 0, squared, jnp.sqrt(_or_one(squared)))
+    zero = squared == 0
+    root = jnp.sqrt(lax.select(zero, jnp.ones_like(squared), squared))
+    return lax.select(zero, squared, root)
 
 
 def _or_one(x: Float[Array, ""]) -> Float[Array, ""]:
