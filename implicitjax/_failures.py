@@ -8,6 +8,7 @@ when something failed, also under vmap.
 import dataclasses
 import functools
 import re
+import types
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -63,9 +64,19 @@ class _Check:
                 self.raiser(failed, {k: np.asarray(v) for k, v in operands.items()})
             except (ConvergenceError, DerivativeError) as error:
                 if jax.device_count() == 1:
-                    raise
+                    raise error.with_traceback(_without_callers()) from None
                 warnings.warn(f"{type(error).__name__}: {error}", RuntimeWarning, stacklevel=2)
         return failed
+
+
+def _without_callers() -> types.TracebackType:
+    """A traceback that ends in a frame that nothing has called.
+
+    JAX puts the callers of the innermost frame, of which there may be dozens, ahead of the words. A
+    generator that is not running has none.
+    """
+    frame = (None for _ in ()).gi_frame
+    return types.TracebackType(None, frame, frame.f_lasti, frame.f_lineno)
 
 
 def first_failure(failed: np.ndarray, operands: dict[str, Any]) -> tuple[dict[str, Any], str]:
@@ -80,10 +91,13 @@ def first_failure(failed: np.ndarray, operands: dict[str, Any]) -> tuple[dict[st
 
 
 def public_error(error: Exception) -> Exception | None:
-    """The exception of this package that a host callback raised, out of the words of JAX.
+    """The exception of this package, without our frames in its traceback.
 
-    JAX hands on the traceback of a callback as text; in it stands the class and its message.
+    Of one that a host callback raised JAX hands on the traceback as text; in it stands the class
+    and its message.
     """
+    if isinstance(error, (ConvergenceError, DerivativeError)):
+        return error.with_traceback(None)
     for kind in (ConvergenceError, DerivativeError):
         found = re.search(rf"{kind.__name__}: (.*?)(?:\n-{{5,}}|\Z)", str(error), re.DOTALL)
         if found:

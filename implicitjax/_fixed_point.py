@@ -150,7 +150,7 @@ def find(
         state, aux, outcome = solve(problem, configuration, inputs, methods, [rtol, atol])
         if on_failure == "raise":
             state, aux = _raise_if_failed(problem, hold, outcome, state, aux)
-    except (jax.errors.JaxRuntimeError, ValueError) as error:  # of a callback, by JAX
+    except (ConvergenceError, jax.errors.JaxRuntimeError, ValueError) as error:
         plain = public_error(error)
         if plain is None:
             raise

@@ -15,21 +15,19 @@ class Result(eqx.Enumeration):
         "down to round-off."
     )
     max_steps_reached = (
-        "The solve used up `max_steps` while the estimated error was still above the "
-        "tolerance, or the residual above a tenth of it.\n"
-        "  (a) If the contraction rate below is under 1, it was converging: allow more "
-        "steps, or use `Anderson()` or `Newton()`, which need fewer.\n"
-        "  (b) If the rate is 1 or more, the map does not contract: use `Anderson()`, "
-        "`Newton()`, or `Picard(damping=...)` below 1.\n"
+        "The solve used up `max_steps` before it met the tolerance.\n"
+        "  (a) If the last steps multiplied the residual by less than 1, allow more, or use "
+        "`Anderson()` or `Newton()`.\n"
+        "  (b) If not, the map does not contract: use `Anderson()`, `Newton()`, or "
+        "`Picard(damping=...)` below 1.\n"
         "  (c) If the tolerance is tighter than needed, loosen `rtol` and `atol`."
     )
     stagnated = (
-        "The iterates stopped making progress before the estimated error met the "
-        "tolerance.\n"
-        "  (a) They go round in a cycle: use `Picard(damping=...)` below 1, `Anderson()` "
-        "or `Newton()`.\n"
-        "  (b) The residual is down to round-off and the map amplifies it: the tolerance "
-        "cannot be met in this dtype; use float64 or loosen `rtol` and `atol`."
+        "The solve stopped making progress before it met the tolerance.\n"
+        "  (a) If it goes round in a cycle, use `Picard(damping=...)` below 1, `Anderson()` or "
+        "`Newton()`.\n"
+        "  (b) If the residual is down to round-off, the tolerance cannot be met in this dtype: "
+        "use float64, or loosen `rtol` and `atol`."
     )
     diverged = (
         "The residual grew by a factor of more than 1e20, or overflowed.\n"
@@ -98,24 +96,38 @@ class Solution(eqx.Module):
 
 
 class ConvergenceError(RuntimeError):
-    """A solve did not converge. The message says how it ended and what to try."""
+    """A solve did not converge. The message says how it ended and what to try.
+
+    Outside of `jit` it is raised as it is. From a compiled program JAX raises its own
+    `jax.errors.JaxRuntimeError`, with these words in it.
+    """
+
+    __module__ = "implicitjax"
 
 
 class DerivativeError(RuntimeError):
-    """The linear solve behind a derivative failed. The message says what to try."""
+    """The linear solve behind a derivative failed. The message says what to try.
+
+    JAX raises its own `jax.errors.JaxRuntimeError` with these words in it, except where an eager
+    solve is itself within the derivative.
+    """
+
+    __module__ = "implicitjax"
 
 
 def convergence_message(what: str, result: str, info: dict[str, Any], lane: str = "") -> str:
     """The words of a failed solve, from concrete numbers."""
+    happened, advice = Result[getattr(Result, result)].split("\n", 1)
     return (
-        f"The {what} was not reached{lane}: {result}.\n"
+        f"The {what} was not reached{lane}. {happened} ({result})\n"
         f"  after {info['num_steps']} steps the residual norm is "
         f"{info['residual_norm']:.3e}\n"
         f"  the estimated error is {info['ratio']:.3e} times the tolerance, and the last steps "
         f"multiplied the residual by {info['contraction_rate']:.4g} each\n"
         f"  the worst leaf is {info['leaf']}\n"
-        f"{Result[getattr(Result, result)]}\n"
-        'Pass `on_failure="return"` for the best iterate with its result, or "nan" for NaN.'
+        f"{advice}\n"
+        'Pass `on_failure="return"` for the best iterate with its result, or "nan" for NaN.\n'
+        f"{_DIAGNOSE[what]}"
     )
 
 
@@ -128,7 +140,8 @@ def held_message(what: str, info: dict[str, Any], lane: str = "") -> str:
         "  (a) Ask the solver for more, or loosen `rtol` and `atol`, which by default are "
         "`eps^(2/3)` of the dtype, 3.7e-11 in float64 and 2.4e-5 in float32.\n"
         "  (b) The solver may have stopped without a solution.\n"
-        'Pass `on_failure="return"` for the best iterate, or "nan" for NaN.'
+        'Pass `on_failure="return"` for the best iterate, or "nan" for NaN.\n'
+        f"{_DIAGNOSE[what].replace('solution.value', 'x')}"
     )
 
 
@@ -145,5 +158,13 @@ def derivative_message(info: dict[str, Any], lane: str = "") -> str:
         "`ImplicitAdjoint(linear_solver=DenseLU())` where the unknown is small.\n"
         "  (c) The map has no finite derivative at the solution (a kink, a square root at "
         "0).\n"
-        'Pass `on_failure="return"` for the result as it is, or "nan" for NaN.'
+        'Pass `on_failure="return"` for the result as it is, or "nan" for NaN.\n'
+        f"{_DIAGNOSE['fixed point']}"
     )
+
+
+_LOOK = " measures which of these it is, and what would help."
+_DIAGNOSE = {
+    "fixed point": f"`ij.diagnose(f, solution.value, *args)`{_LOOK}",
+    "root": f"`ij.diagnose(g, solution.value, *args, root=True)`{_LOOK}",
+}

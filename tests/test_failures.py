@@ -1,6 +1,7 @@
 """What happens when there is no answer: an error, NaN, or the best iterate and its code."""
 
 import re
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 
 import implicitjax as ij
+from implicitjax._solution import convergence_message
 
 from .systems import GUESS, Parameters, parameters, TwoVariables
 
@@ -48,6 +50,67 @@ def test_the_same_within_eager_derivatives():
         jax.grad(solve)(parameters())
     with pytest.raises(ij.ConvergenceError):
         jax.jvp(solve, (parameters(),), (parameters(),))
+
+
+def expanding(a):
+    return ij.implicit_fixed_point(lambda x: a * x + 1.0, 0.0, solver=ij.Picard()).value
+
+
+def singular(a):
+    start = jnp.array([0.3, 0.1])
+    return ij.implicit_fixed_point(free, start, a, solver=ij.Picard()).value[0]
+
+
+FAILING = {
+    "eager": (expanding, 3.0),
+    "jit": (jax.jit(expanding), 3.0),
+    "grad": (jax.grad(expanding), 3.0),
+    "jit grad": (jax.jit(jax.grad(expanding)), 3.0),
+    "vmap": (jax.vmap(expanding), np.array([0.5, 3.0])),
+    "jit vmap": (jax.jit(jax.vmap(expanding)), np.array([0.5, 3.0])),
+    "derivative": (jax.grad(singular), 1.0),
+    "jit derivative": (jax.jit(jax.grad(singular)), 1.0),
+}
+
+
+@pytest.mark.parametrize("name", FAILING)
+def test_an_error_takes_fifteen_lines_whoever_called(name):
+    """JAX sets the callers of a host callback ahead of the words, here thirty of them."""
+    function, value = FAILING[name]
+
+    def deep(levels):
+        return deep(levels - 1) if levels else jax.block_until_ready(function(value))
+
+    with pytest.raises((ij.ConvergenceError, ij.DerivativeError, *WRAPPED)) as info:
+        deep(30)
+    lines = str(info.value).splitlines()
+    assert len(lines) <= 15
+    happened = "The fixed point was not reached"
+    if "derivative" in name:
+        happened = "The derivative of the fixed point could not be computed"
+    if name in ("eager", "grad", "vmap"):
+        assert lines[0].startswith(happened)
+    else:  # JAX's own two lines come first: that there was an error in a callback, and its place
+        assert lines[2].partition("Error: ")[2].startswith(happened)
+    assert lines[-1].startswith("`ij.diagnose(f, solution.value, *args)`") or lines[-1][0] == "-"
+
+
+def test_the_traceback_of_an_eager_solve_has_two_frames_of_the_package():
+    with pytest.raises(ij.ConvergenceError) as info:
+        expanding(3.0)
+    package = Path(ij.__file__).parent
+    assert sum(package in Path(entry.path).parents for entry in info.traceback) == 2
+
+
+@pytest.mark.parametrize("result", ["max_steps_reached", "stagnated", "diverged", "nonfinite"])
+@pytest.mark.parametrize("what", ["fixed point", "root"])
+def test_the_words_of_every_failure_are_few(result, what):
+    info = {"num_steps": 3, "residual_norm": 1.0, "ratio": 2.0, "contraction_rate": 0.5}
+    words = convergence_message(what, result, info | {"leaf": "x0"}, " in lane 1")
+    assert len(words.splitlines()) <= 11
+    assert words.startswith(f"The {what} was not reached in lane 1. The ")
+    assert words.splitlines()[0].endswith(f"({result})")
+    assert "ij.diagnose(" in words
 
 
 def test_under_vmap_the_lane_is_named():
