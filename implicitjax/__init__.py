@@ -2,13 +2,14 @@
 
 from ._adjoint import ImplicitAdjoint, UnrolledAdjoint
 from ._custom import custom_fixed_point, custom_root
+from ._diagnosis import Diagnosis
 from ._fixed_point import implicit_fixed_point
 from ._layer import FixedPointLayer
 from ._root import implicit_root
 from ._solution import ConvergenceError, DerivativeError, Result, Solution, Stats
 from ._trace import Leaf, Structure
 from ._tree import rms_norm
-from .diagnostics import structure
+from .diagnostics import diagnose, structure
 from .linear import (
     AbstractLinearSolver,
     AutoLinearSolver,
@@ -33,6 +34,7 @@ __all__ = [
     "ConvergenceError",
     "DenseLU",
     "DerivativeError",
+    "Diagnosis",
     "FixedPointLayer",
     "ImplicitAdjoint",
     "Leaf",
@@ -47,6 +49,7 @@ __all__ = [
     "UnrolledAdjoint",
     "custom_fixed_point",
     "custom_root",
+    "diagnose",
     "implicit_fixed_point",
     "implicit_root",
     "rms_norm",

@@ -75,7 +75,8 @@ def _without_callers() -> types.TracebackType:
     JAX puts the callers of the innermost frame, of which there may be dozens, ahead of the words. A
     generator that is not running has none.
     """
-    frame = (None for _ in ()).gi_frame
+    idle: Any = (None for _ in ())
+    frame = idle.gi_frame
     return types.TracebackType(None, frame, frame.f_lasti, frame.f_lineno)
 
 

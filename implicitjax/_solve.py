@@ -6,6 +6,7 @@ programs thus serves eager calls too.
 
 import functools
 from collections.abc import Callable
+from typing import NamedTuple
 
 import equinox as eqx
 import jax
@@ -19,7 +20,7 @@ from ._failures import mark_failed, poison, poison_derivative
 from ._guess import Guess
 from ._implicit import by_jvp, by_vjp
 from ._loop import CONVERGED, held, iterate, nothing_to_solve, Outcome, Tolerances
-from ._packing import packing
+from ._packing import Packing, packing
 from ._scaling import EVALUATIONS, move, scales
 from ._trace import Problem
 from .linear._transposable import transposable_solve
@@ -36,11 +37,7 @@ def solve(
     - `tolerances`: `rtol` and `atol`, `None` for the defaults.
     """
     roles, state = problem.roles, problem.state
-    inputs = [jnp.asarray(a, d) for a, d in zip(inputs, problem.dtypes, strict=True)]
-    for i in roles.stopped:
-        inputs[state[i]] = jax.lax.stop_gradient(inputs[state[i]])
-    evaluate_levels(problem, roles.sources, inputs)
-
+    inputs = with_sources(problem, inputs)
     unknown = [state[i] for i in roles.feedback]
     if unknown:
         x, outcome = _fixed_point(problem, configuration, inputs, methods, tolerances)
@@ -55,6 +52,15 @@ def solve(
     if configuration.on_failure == "nan":
         out, aux = poison(outcome.code != CONVERGED, (out, aux))
     return out, aux, outcome
+
+
+def with_sources(problem: Problem, inputs: list) -> list:
+    """The inputs as arrays, those leaves of the state included that the unknown reads."""
+    inputs = [jnp.asarray(a, d) for a, d in zip(inputs, problem.dtypes, strict=True)]
+    for i in problem.roles.stopped:
+        inputs[problem.state[i]] = jax.lax.stop_gradient(inputs[problem.state[i]])
+    evaluate_levels(problem, problem.roles.sources, inputs)
+    return inputs
 
 
 def evaluate_levels(problem: Problem, levels: tuple[tuple[int, ...], ...], inputs: list) -> None:
@@ -80,11 +86,24 @@ def rebuild(problem: Problem, inputs: list) -> list:
     return values[len(last) :]
 
 
-def _fixed_point(
-    problem: Problem, configuration: Configuration, inputs: list, methods: list, tolerances: list
-) -> tuple[list, Outcome]:
-    """The leaves that feed back, `x = F(theta, x)`, with the derivative that the adjoint has."""
-    roles, settings = problem.roles, configuration.settings
+class System(NamedTuple):
+    """The leaves that feed back, `x = F(theta, x)`.
+
+    - `F`: the map, from vectors to vectors; `theta`: all else that it reads.
+    - `x`: the leaves of the unknown as they came; `packed`: how they become vectors.
+    - `epsilons`: for each leaf the round-off of the coarsest dtype that it depends on.
+    """
+
+    F: Callable[[list, list], list]
+    theta: list
+    x: list
+    packed: Packing
+    epsilons: tuple[float, ...]
+
+
+def system(problem: Problem, inputs: list) -> System:
+    """What is to be solved, from inputs with sources."""
+    roles = problem.roles
     unknown = [problem.state[i] for i in roles.feedback]
     parameters = [i for i in range(len(inputs)) if i not in set(unknown)]
     program = problem.program(roles.feedback)
@@ -116,13 +135,22 @@ def _fixed_point(
         return packed.pack(hand_on(evaluate(theta, hand_on(x, more)), more))
 
     position = {leaf: k for k, leaf in enumerate(roles.feedback)}
-    coarsest = tuple(_tree.epsilon([leaves[position[i]] for i in r]) for r in roles.reads)
+    epsilons = tuple(_tree.epsilon([leaves[position[i]] for i in r]) for r in roles.reads)
+    return System(F, theta, leaves, packed, epsilons)
+
+
+def _fixed_point(
+    problem: Problem, configuration: Configuration, inputs: list, methods: list, tolerances: list
+) -> tuple[list, Outcome]:
+    """The unknown, with the derivative that the adjoint has."""
+    roles, settings = problem.roles, configuration.settings
+    F, theta, leaves, packed, epsilons = system(problem, inputs)
     solver, adjoint = configuration.rebuild(methods)
     solver = solver.arrange(packed)
 
     def find(theta: list, x0: list, fixed: PyTree) -> tuple[list, Outcome]:
         solver, (rtol, atol) = eqx.combine(fixed, static)
-        scale = Tolerances(rtol, atol, coarsest, packed)
+        scale = Tolerances(rtol, atol, epsilons, packed)
         x, outcome = iterate(lambda x: F(theta, x), x0, solver, scale, settings)
         if problem.root:
             more = outcome.num_evaluations + EVALUATIONS
@@ -149,6 +177,7 @@ def _fixed_point(
             x = poison_derivative(failed | short, {"left": left}, x, theta, told)
     else:
         assert isinstance(adjoint, ImplicitAdjoint)
+        position = {leaf: k for k, leaf in enumerate(roles.feedback)}
         reads = tuple(tuple(position[j] for j in read) for read in roles.reads)
         paths = tuple(problem.paths[i] for i in roles.feedback)
         guess = Guess(packed, reads, paths, configuration.on_failure)
