@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.core import Tracer
 from jaxtyping import PyTree
 
@@ -130,7 +131,7 @@ def diagnose(
     Ni, *SIAM Journal on Numerical Analysis* 49, 2011, theorem 2.2.
     """
     problem, inputs = trace(f, x, args, has_aux, root)
-    if _traced(inputs):
+    if _traced([*inputs, jnp.add(0, 0)]):  # within jit an operation on numbers is traced too
         raise TypeError(
             "diagnose looks at numbers, and within jit, vmap or grad there are none yet: call it "
             "outside, with the value that the solve returned."

@@ -265,6 +265,11 @@ def test_within_a_trace_it_refuses(transform):
         transform(lambda x: ij.diagnose(lambda y: 0.5 * y + x, np.ones(())))(jnp.ones(()))
 
 
+def test_within_jit_it_refuses_numbers_too():
+    with pytest.raises(TypeError, match="diagnose looks at numbers"):
+        jax.jit(lambda: ij.diagnose(lambda y: 0.5 * y, np.ones(3)).unknowns)()
+
+
 def test_it_prints_as_a_report():
     d = ij.diagnose(affine([[0.5, 0.0], [0.0, -0.998]]), jnp.zeros(2))
     assert repr(d) == str(d)
