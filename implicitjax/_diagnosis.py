@@ -172,8 +172,8 @@ def advise(found: Figures) -> Iterator[str]:
 def _on_finiteness(nonfinite: tuple[str, ...], leaves: tuple[LeafDiagnosis, ...]) -> Iterator[str]:
     if nonfinite:
         yield (
-            f"NaN or infinity in {_names(nonfinite)}: x lies outside of the domain of f, or f overflows. "
-            "Start inside; if a step has left it, use `damping` below 1."
+            f"NaN or infinity in {_names(nonfinite)}: x lies outside of the domain of f, or f "
+            "overflows. Start inside; if a step has left it, use `damping` below 1."
         )
     for name, flag in (("the unknown", "dx"), ("the parameters", "dtheta")):
         bad = tuple(leaf.path for leaf in leaves if leaf.value and getattr(leaf, flag) is False)

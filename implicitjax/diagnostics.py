@@ -1,4 +1,4 @@
-"""What to look at: the role of every leaf of a map."""
+"""What to look at: the role of every leaf of a map, and what a map does at a point."""
 
 from collections.abc import Callable
 from typing import Any
