@@ -4,16 +4,21 @@ from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
+import jax
+import jax.numpy as jnp
 from jaxtyping import PyTree
 
 from ._fixed_point import implicit_fixed_point
+from ._solution import Solution
+from ._solve import evaluate_levels
+from ._trace import trace
 
 
 class FixedPointLayer(eqx.Module):
     """The layer `inputs -> x` with `x = f(x, *inputs)`.
 
-    A pytree: the arrays in `f` and `init` are its parameters, found by `jax.grad`,
-    `eqx.filter_grad` and optimisers like those of any other layer.
+    A pytree: the arrays in `f` and `init` are its parameters, found by `eqx.filter_grad` like those
+    of any other layer. Make `f` a module that holds them: what a lambda captures is no parameter.
 
     **Arguments**
 
@@ -21,16 +26,20 @@ class FixedPointLayer(eqx.Module):
     - `init`: the guess, `init(*inputs) -> x0`.
     - `keywords`: those of `implicit_fixed_point`, but not `has_aux`.
 
-    The layer returns the value alone; for statistics call `layer.solve(*inputs)`.
+    The layer returns the value alone; for statistics call `layer.solve(*inputs)`. With
+    `start=last_value` it begins there: of its leaves the unknown alone is taken, as a constant.
 
     ```python
     >>> import equinox as eqx, jax, jax.numpy as jnp, implicitjax as ij
-    >>> linear = eqx.nn.Linear(3, 3, key=jax.random.key(0))
-    >>> layer = ij.FixedPointLayer(
-    ...     lambda z, u: jnp.tanh(0.5 * linear(z) + u), lambda u: jnp.zeros(3)
-    ... )
-    >>> layer(jnp.ones(3)).shape
-    (3,)
+    >>> class Update(eqx.Module):
+    ...     linear: eqx.nn.Linear
+    ...     def __call__(self, z, u):
+    ...         return jnp.tanh(0.5 * self.linear(z) + u)
+    >>> update = Update(eqx.nn.Linear(3, 3, key=jax.random.key(0)))
+    >>> layer = ij.FixedPointLayer(update, jnp.zeros_like)
+    >>> gradient = eqx.filter_grad(lambda layer, u: layer(u).sum())(layer, jnp.ones(3))
+    >>> gradient.f.linear.weight.shape
+    (3, 3)
 
     ```
 
@@ -52,10 +61,38 @@ class FixedPointLayer(eqx.Module):
         self.init = init
         self.keywords = keywords
 
-    def __call__(self, *inputs: Any) -> PyTree:
+    def __call__(self, *inputs: Any, start: PyTree = None) -> PyTree:
         """The fixed point for these inputs."""
-        return self.solve(*inputs).value
+        return self.solve(*inputs, start=start).value
 
-    def solve(self, *inputs: Any) -> Any:
+    def solve(self, *inputs: Any, start: PyTree = None) -> Solution:
         """The whole `Solution` for these inputs."""
-        return implicit_fixed_point(self.f, self.init(*inputs), *inputs, **self.keywords)
+        x0 = self.init(*inputs)
+        if start is not None:
+            x0 = _begin_at(start, self.f, x0, inputs)
+        return implicit_fixed_point(self.f, x0, *inputs, **self.keywords)
+
+
+def _begin_at(start: PyTree, f: Callable[..., PyTree], x0: PyTree, args: tuple) -> PyTree:
+    """`x0` with the unknown of `start`. What the map hands on belongs to these inputs, and so does
+    its gradient: it stays that of `x0`.
+    """
+    named, tree = jax.tree_util.tree_flatten_with_path(x0)
+    if tree != jax.tree.structure(start):
+        raise TypeError(
+            f"start must have the structure of the guess, {tree}, got {jax.tree.structure(start)}."
+        )
+    problem, inputs = trace(f, x0, args, has_aux=False)
+    inputs = [jnp.asarray(a, d) for a, d in zip(inputs, problem.dtypes, strict=True)]
+    evaluate_levels(problem, problem.roles.sources, inputs)
+    arrays = [k for k, static in enumerate(problem.statics) if static is None]
+    leaves, others = [leaf for _, leaf in named], jax.tree.leaves(start)
+    masks = problem.carried_entries(inputs)
+    for i, mask in zip(problem.roles.feedback, masks, strict=True):
+        k, old = arrays[i], inputs[problem.state[i]]
+        new = jax.lax.stop_gradient(jnp.asarray(others[k], old.dtype))
+        if new.shape != old.shape:
+            path = jax.tree_util.keystr(named[k][0])
+            raise TypeError(f"start{path} has the shape {new.shape}, the guess {old.shape}.")
+        leaves[k] = new if mask is None else jnp.where(mask, old, new)
+    return jax.tree.unflatten(tree, leaves)
