@@ -7,7 +7,7 @@ from pathlib import Path
 
 import jax
 
-from . import budget, compiled, eager, honesty, solvers
+from . import bar, budget, compiled, eager, honesty, solvers
 from .report import Report
 
 TOPICS = {
@@ -16,6 +16,7 @@ TOPICS = {
     "solvers": solvers.run,
     "honesty": honesty.run,
     "budget": budget.run,
+    "bar": bar.run,
 }
 
 

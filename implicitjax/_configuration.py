@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from . import _tree
+from . import _tree, progress as bar
 from ._adjoint import AbstractAdjoint, ImplicitAdjoint, UnrolledAdjoint
 from ._check import positive_int
 from ._loop import Settings
@@ -98,8 +98,12 @@ def configure(
         raise TypeError(f"adjoint must be ImplicitAdjoint() or UnrolledAdjoint(), got {adjoint!r}.")
     if not callable(norm):
         raise TypeError(f"norm must be callable, got {norm!r}.")
-    if progress is not None and not callable(progress):
-        raise TypeError(f"progress must be callable or None, got {progress!r}.")
+    if progress is True:
+        bar.require()
+    elif progress is False:
+        progress = None
+    elif progress is not None and not callable(progress):
+        raise TypeError(f"progress must be a bool, callable or None, got {progress!r}.")
     if on_failure not in ("raise", "nan", "return"):
         raise ValueError(f'on_failure must be "raise", "nan" or "return", got {on_failure!r}.')
     leaves, methods = jax.tree.flatten((solver, adjoint))

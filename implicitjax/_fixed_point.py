@@ -10,7 +10,7 @@ from jax import Array
 from jax.core import Tracer
 from jaxtyping import PyTree
 
-from . import _tree
+from . import _tree, progress as bar
 from ._adjoint import AbstractAdjoint, ImplicitAdjoint
 from ._check import nonnegative
 from ._configuration import configure
@@ -41,7 +41,7 @@ def implicit_fixed_point(
     has_aux: bool = False,
     on_failure: Literal["raise", "nan", "return"] = "raise",
     history: bool = False,
-    progress: Callable[[int, float], None] | None = None,
+    progress: Callable[[int, float], None] | bool | None = None,
 ) -> Solution:
     r"""Solves `x = f(x, *args)`; the solution carries its derivatives.
 
@@ -81,9 +81,10 @@ def implicit_fixed_point(
       derivatives, lane by lane under `vmap` and without a host callback; `"return"` the best
       iterate, with its `result`.
     - `history`: whether to keep the residuals of every step; see `Stats`.
-    - `progress`: called on the host whenever the loop looks at an iterate, with the number of
-      steps and the estimated error in units of the tolerance (infinite while nothing is
-      known). The loop then looks at every iterate, the guess included.
+    - `progress`: `True` for a bar that shows the estimated error on its way to the tolerance, one
+      for a batch under `vmap`; it needs tqdm. Or a function, called on the host at every iterate,
+      the guess included, with the number of steps and the estimated error in units of the
+      tolerance (infinite while nothing is known).
 
     **Returns**
 
@@ -130,7 +131,7 @@ def find(
     has_aux: bool,
     on_failure: Literal["raise", "nan", "return"],
     history: bool,
-    progress: Callable[[int, float], None] | None,
+    progress: Callable[[int, float], None] | bool | None,
     root: bool = False,
     hold: bool = False,
 ) -> Solution:
@@ -151,6 +152,7 @@ def find(
         if on_failure == "raise":
             state, aux = _raise_if_failed(problem, hold, outcome, state, aux)
     except (ConvergenceError, jax.errors.JaxRuntimeError, ValueError) as error:
+        bar.close()
         plain = public_error(error)
         if plain is None:
             raise

@@ -30,7 +30,7 @@ def implicit_root(
     has_aux: bool = False,
     on_failure: Literal["raise", "nan", "return"] = "raise",
     history: bool = False,
-    progress: Callable[[int, float], None] | None = None,
+    progress: Callable[[int, float], None] | bool | None = None,
 ) -> Solution:
     r"""Solves `g(x, *args) = 0`; the solution carries its derivatives.
 

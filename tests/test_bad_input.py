@@ -144,7 +144,7 @@ def test_of_a_large_state_the_error_shows_what_feeds_back():
         ({"rtol": "tight"}, TypeError, "rtol must be a real number"),
         ({"on_failure": "ignore"}, ValueError, '"raise", "nan" or "return"'),
         ({"norm": 2}, TypeError, "norm must be callable"),
-        ({"progress": True}, TypeError, "progress must be callable"),
+        ({"progress": 1}, TypeError, "progress must be a bool"),
         ({"has_aux": True}, TypeError, r"pair \(x, aux\)"),
     ],
 )

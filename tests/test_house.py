@@ -30,6 +30,7 @@ FLOORS = [
     "solvers/_picard",
     "solvers/_safeguard",
     "solvers/_anderson",
+    "progress",
     "_loop",
     "linear",
     "_scaling",

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Bool, Float, Int
 
-from .. import _tree
+from .. import _tree, progress
 from ..solvers._base import AbstractSolver
 from . import _number, _watch
 from ._finish import finish
@@ -40,7 +40,7 @@ class Settings(NamedTuple):
     - `early_stop`: a `while_loop`, or a `scan` of all steps.
     - `keep_best`: whether a failed solve returns the iterate with the least residual.
     - `history`: whether the residual of every leaf is kept.
-    - `progress`: called on the host with the step and the estimated error.
+    - `progress`: called on the host with the step and the estimated error; `True` for a bar.
     """
 
     max_steps: int
@@ -48,7 +48,7 @@ class Settings(NamedTuple):
     early_stop: bool
     keep_best: bool
     history: bool
-    progress: Callable[..., Any] | None
+    progress: Callable[..., Any] | bool | None
 
     def stop(self, tree: Any) -> Any:
         """Constants for every derivative. Only a scan is differentiated, the rule sees no step."""
@@ -79,6 +79,7 @@ class State(NamedTuple):
     - `reference`: of a steady method the iterate at the last power of two steps, or `None`.
     - `best`: the iterate with the least residual, its value and that, or `None`.
     - `history`: the residuals of every leaf by step, or `None`.
+    - `told`: what the host has said of its bar, or `None`.
     """
 
     x: list
@@ -92,6 +93,7 @@ class State(NamedTuple):
     reference: list | None
     best: tuple | None
     history: Array | None
+    told: progress.Told | None
 
     @property
     def value(self) -> list:
@@ -113,7 +115,7 @@ def iterate(
     iterate (the best one, if it failed and `keep_best`) and the outcome. `known` is what an
     earlier solve of the same system has shown.
     """
-    watched = settings.history or settings.progress is not None or not settings.early_stop
+    watched = settings.history or callable(settings.progress) or not settings.early_stop
     rarely = solver.steady and not watched
 
     def evaluate(s: State) -> State:
@@ -134,7 +136,22 @@ def iterate(
         return judge(move(evaluate(s)), s)
 
     def judge(new: State, old: State) -> State:
-        return _judge(new, old, solver, tolerances, settings)
+        new = _judge(new, old, solver, tolerances, settings)
+        return new if new.told is None else tell(new, new.told, old)
+
+    def tell(new: State, told: progress.Told, old: State) -> State:
+        was_running = running(old)
+        goes_on = was_running & running(new)
+
+        def now() -> tuple[Array, Array]:
+            # A lane that has ended stays in a batch; what it does there does not count.
+            code, seen = _tree.where(was_running, (new.code, new.seen), (old.code, old.seen))
+            met = (code == CONVERGED) | (code == ACCEPTED)
+            state = choose(met, progress.CONVERGED, progress.FAILED)
+            return choose(goes_on, progress.GOES_ON, state), Seen(*_number.cut(seen)).error[0]
+
+        told = progress.tell(told, new.step, now, was_running, goes_on)
+        return new._replace(told=told[:2], step=told[2])
 
     def unfinished(s: State) -> Bool[Array, ""]:
         return s.step < settings.max_steps - s.code  # a probe is no step of the solver
@@ -176,6 +193,7 @@ def _start(
         reference=x0 if solver.steady else None,
         best=(x0, x0, jnp.full((1,), jnp.inf, dtype)) if settings.keep_best else None,
         history=history,
+        told=progress.nothing_told() if settings.progress is True else None,
     )
 
 
@@ -217,7 +235,7 @@ def _judge(
         row = jnp.sqrt(jnp.concatenate(squares)).astype(history.dtype)
         row = lax.select(old.code == PROBING, jnp.zeros_like(row), row)  # a probe is no iterate
         history = history.at[new.step].set(row)
-    if settings.progress is not None:
+    if callable(settings.progress):
         jax.debug.callback(settings.progress, new.step, seen.error[0])
     return new._replace(
         x=_tree.where(code == ACCEPTED, old.x, new.x),

@@ -1,0 +1,225 @@
+"""What people watch: the bar, what a solution prints, the picture."""
+
+import sys
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tqdm
+import tqdm.auto
+
+import implicitjax as ij
+from implicitjax import progress
+
+solve: Any = ij.implicit_fixed_point
+
+
+def halve(x: Any, u: Any = 1.0) -> Any:
+    """`x = 2 u`, and after `k` steps from zero the error is `2 u / 2^k`."""
+    return 0.5 * x + u
+
+
+class Clock:
+    """Stands still, or goes on by so many seconds whenever it is read."""
+
+    def __init__(self, by: float):
+        self.now, self.by = 0.0, by
+
+    def monotonic(self) -> float:
+        self.now += self.by
+        return self.now
+
+
+@pytest.fixture
+def bars(monkeypatch):
+    """The bars that were made, and of each what was drawn: the share of the way, and the words."""
+    made = []
+
+    class Recorder(tqdm.tqdm):
+        def __init__(self, *args: Any, **keywords: Any):
+            self.drawn, self.closed = [], 0
+            made.append(self)
+            super().__init__(*args, **keywords)
+
+        def refresh(self, *args: Any, **keywords: Any):
+            self.drawn.append((self.n, self.postfix))
+            return super().refresh(*args, **keywords)
+
+        def close(self):
+            if not self.disable:
+                self.closed += 1
+                self.drawn.append((self.n, self.postfix))
+            super().close()
+
+    monkeypatch.setattr(tqdm.auto, "tqdm", Recorder)
+    yield made
+    assert not progress._bars
+    assert all(bar.closed == 1 for bar in made)
+
+
+# --- the bar ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["eager", "jit", "scan", "newton", "float32"])
+def test_one_bar_ends_with_the_solve(bars, how, capsys):
+    keywords: dict[str, Any] = {
+        "newton": {"solver": ij.Newton()},
+        "scan": {"early_stop": False, "max_steps": 60},
+    }.get(how, {})
+    value = lambda u: solve(halve, jnp.zeros_like(u), u, progress=True, **keywords).value
+    u = jnp.ones(3, jnp.float32 if how == "float32" else None)
+    for _ in range(2):
+        x = (jax.jit(value) if how == "jit" else value)(u)
+        np.testing.assert_allclose(x, 2.0, rtol=1e-4 if how == "float32" else 1e-9)
+    assert len(bars) == 2
+    for bar in bars:
+        share, words = bar.drawn[-1]
+        assert share == bar.total
+        assert words.endswith(", converged")
+    assert "100%" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("jitted", [False, True])
+def test_a_solve_that_fails_ends_its_bar_short_of_the_end(bars, jitted):
+    fail = lambda u: solve(lambda x: u - x, 0.0, solver=ij.Picard(), progress=True).value
+    with pytest.raises(Exception, match="stagnated"):
+        jax.block_until_ready((jax.jit(fail) if jitted else fail)(1.0))
+    ((share, words),) = [bar.drawn[-1] for bar in bars]
+    assert share < 1
+    assert words.endswith(", not converged")
+
+
+@pytest.mark.parametrize("solver", [ij.Picard(), ij.Anderson()])
+def test_it_shows_the_error_of_the_step_on_a_scale_of_digits(bars, monkeypatch, solver):
+    """Beside what a function is told; with a history both look at every step."""
+    keywords: dict[str, Any] = {"solver": solver, "history": True}
+    monkeypatch.setattr(progress, "time", Clock(by=1.0))  # time to draw at each call
+    slow = lambda x: 0.9 * x + jnp.asarray([1.0, 2.0])
+    heard = {}
+    told = lambda step, error: heard.update({int(step): float(error)})
+    solve(slow, jnp.zeros(2), progress=told, **keywords)
+    jax.effects_barrier()
+    solve(slow, jnp.zeros(2), progress=True, **keywords)
+    first, *course, last = bars[0].drawn
+    assert first == (0, None) and last[0] == 1 and len(course) >= 2
+    largest = 1.0
+    for share, words in course:
+        step, error = int(words.split()[0]), words.split("tolerance ")[1]
+        assert error == ("unknown" if np.isinf(heard[step]) else f"{heard[step]:.1e}")
+        if np.isfinite(heard[step]):
+            largest = max(largest, heard[step])
+            done = 1 - np.log(heard[step]) / np.log(largest) if heard[step] > 1 else 1.0
+            np.testing.assert_allclose(share, min(done, 0.99), atol=1e-12)
+
+
+def test_the_host_is_called_rarely_while_steps_are_fast(bars, monkeypatch):
+    monkeypatch.setattr(progress, "time", Clock(by=0.0))
+    steps, real = [], progress._hear
+    monkeypatch.setattr(progress, "_hear", lambda n, e: steps.append(int(n[2])) or real(n, e))
+    keywords = {"solver": ij.Anderson(), "on_failure": "return", "max_steps": 600}
+    solve(lambda x: jnp.roll(x, 1) + jnp.sin(x) + 1, jnp.arange(60.0), progress=True, **keywords)
+    assert steps == [0, 1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 600]
+
+
+def test_the_host_is_called_each_tenth_of_a_second_while_steps_are_slow(bars, monkeypatch):
+    """With 0.04 seconds a step every other step."""
+    clock = Clock(by=0.0)
+    monkeypatch.setattr(progress, "time", clock)
+    steps, real = [], progress._hear
+
+    def hear(numbers, error):
+        clock.now += 0.04 * (int(numbers[2]) - (steps[-1] if steps else 0))
+        steps.append(int(numbers[2]))
+        return real(numbers, error)
+
+    monkeypatch.setattr(progress, "_hear", hear)
+    keywords = {"solver": ij.Anderson(), "on_failure": "return", "max_steps": 20}
+    solve(lambda x: jnp.roll(x, 1) + jnp.sin(x) + 1, jnp.arange(60.0), progress=True, **keywords)
+    assert steps == [0, 1, 2, *range(4, 21, 2)]
+
+
+@pytest.mark.parametrize("early_stop", [True, False])
+def test_a_batch_has_one_bar(bars, early_stop):
+    """The lane of 2 goes round in a cycle; one of the others has ended long before."""
+    a = jnp.asarray([0.9, -1.0, 0.1])
+
+    def value(a):
+        f = lambda x: a * x + 1
+        keywords = {"solver": ij.Picard(), "early_stop": early_stop, "max_steps": 300}
+        return solve(f, 0.0, progress=True, on_failure="nan", **keywords).value
+
+    x = jax.jit(jax.vmap(value))(a)
+    np.testing.assert_allclose(x, [10.0, np.nan, 1 / 0.9], rtol=1e-9)
+    ((share, words),) = [bar.drawn[-1] for bar in bars]
+    assert share < 1
+    assert words.endswith(", 2 of 3 lanes converged, 1 failed")
+
+
+def test_a_solve_within_a_solve_has_a_bar_of_its_own(bars):
+    def outer(x):
+        return 0.5 * solve(lambda y: 0.5 * y + 0.25 * x + 1, 0.0, progress=True).value
+
+    x = jax.block_until_ready(solve(outer, 0.0, progress=True).value)  # x = x / 4 + 1
+    np.testing.assert_allclose(x, 4 / 3, rtol=1e-9)
+    assert len(bars) > 2 and bars[0].drawn[-1][0] == 1
+
+
+@pytest.mark.parametrize("adjoint", [ij.ImplicitAdjoint(), ij.UnrolledAdjoint()])
+def test_derivatives_go_by_the_bar(bars, adjoint):
+    def value(u):
+        keywords: dict[str, Any] = {"adjoint": adjoint, "max_steps": 60}
+        return solve(halve, 0.0, u, solver=ij.Picard(), progress=True, **keywords).value
+
+    np.testing.assert_allclose(jax.jit(jax.grad(value))(1.0), 2.0, rtol=1e-9)
+    np.testing.assert_allclose(jax.jvp(value, (1.0,), (3.0,))[1], 6.0, rtol=1e-9)
+
+
+def test_a_program_that_was_aborted_leaves_no_bar(bars, monkeypatch):
+    clock = Clock(by=0.0)
+    monkeypatch.setattr(progress, "time", clock)
+
+    def interrupted(x):
+        def host(x):
+            if x > 1.9:
+                raise RuntimeError("interrupted")
+            return x
+
+        shape = jax.ShapeDtypeStruct(x.shape, x.dtype)
+        return halve(jax.pure_callback(host, shape, x, vmap_method="sequential"))
+
+    eager = lambda u: solve(interrupted, 0.0 * u, solver=ij.Picard(), progress=True).value
+    with pytest.raises(Exception, match="interrupted"):
+        eager(1.0)
+    assert not progress._bars
+    with pytest.raises(Exception, match="interrupted"):
+        jax.block_until_ready(jax.jit(eager)(1.0))
+    clock.now += 100.0
+    solve(halve, 0.0, progress=True)
+    assert len(bars) == 3
+
+
+def test_off_it_adds_nothing_and_on_it_changes_no_solve(bars):
+    def program(how):
+        f = lambda u: solve(halve, jnp.zeros(2), u, solver=ij.Picard(), progress=how)
+        return str(jax.make_jaxpr(lambda u: (f(u).value, f(u).stats))(jnp.ones(2)))
+
+    off = program(None)
+    assert off == program(False)
+    assert "_hear" not in off and "_hear" in program(True)
+    for solver in (ij.Picard(), ij.Anderson()):
+        plain, shown = (
+            solve(lambda x: 0.9 * jnp.cos(x), jnp.arange(3.0), solver=solver, progress=how)
+            for how in (False, True)
+        )
+        jax.tree.map(
+            np.testing.assert_array_equal, (plain.value, plain.stats), (shown.value, shown.stats)
+        )
+
+
+def test_without_tqdm_the_error_says_how_to_get_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "tqdm", None)
+    monkeypatch.setitem(sys.modules, "tqdm.auto", None)
+    with pytest.raises(ImportError, match=r'pip install "implicitjax\[progress\]"'):
+        solve(halve, 0.0, progress=True)
