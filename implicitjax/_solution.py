@@ -3,6 +3,8 @@
 from typing import Any
 
 import equinox as eqx
+import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jaxtyping import Bool, Float, Int, PyTree
 
@@ -74,9 +76,27 @@ class Stats(eqx.Module):
     tolerance_clamped: Bool[Array, "..."]
     residual_history: PyTree = None
 
+    def __repr__(self) -> str:
+        return "\n  ".join(["Stats", *self._rows()])
+
+    def _rows(self) -> list[str]:
+        """The numbers for people, a line each."""
+        rows = {
+            "steps": self.num_steps,
+            "evaluations": self.num_evaluations,
+            "residual": self.residual_norm,
+            "estimated error": self.error_estimate,
+            "contraction rate": self.contraction_rate,
+        }
+        lines = [f"{name:17}{_words(number)}" for name, number in rows.items()]
+        clamped = _concrete(self.tolerance_clamped)
+        if clamped is not None and clamped.any():
+            lines.append("the tolerance lay below round-off")
+        return lines
+
 
 class Solution(eqx.Module):
-    """The answer to `x = f(x, *args)`.
+    """The answer to `x = f(x, *args)`; prints how it ended, of a batch in how many lanes.
 
     - `value`: the fixed point, with the structure, shapes and dtypes of `x0`.
     - `aux`: what `f` returned beside it, at the fixed point (`None` without `has_aux`).
@@ -93,6 +113,43 @@ class Solution(eqx.Module):
     def converged(self) -> Bool[Array, "..."]:
         """Whether the solve met its tolerance, as `Result.converged` says."""
         return self.result == Result.converged
+
+    def __repr__(self) -> str:
+        return "\n  ".join([f"Solution: {self._ending()}", *self.stats._rows()])
+
+    def _ending(self) -> str:
+        """The result in a word; of a batch how many lanes ended in which."""
+        lanes = {name: _concrete(self.result == getattr(Result, name)) for name in _NAMES}
+        counts = {name: int(of.sum()) for name, of in lanes.items() if of is not None}
+        if not any(counts.values()):
+            return "the result is not known"
+        if not np.ndim(self.converged):
+            return max(counts, key=lambda name: counts[name])
+        failures = [f", {n} {name}" for name, n in counts.items() if n and name != "converged"]
+        share = f"{counts['converged']} of {sum(counts.values())} lanes converged"
+        return share + "".join(failures)
+
+
+_NAMES = ("converged", "max_steps_reached", "stagnated", "diverged", "nonfinite")
+
+
+def _concrete(x: Any) -> np.ndarray | None:
+    """The numbers of an array; `None` for a tracer, or where they are deleted or elsewhere."""
+    try:
+        numbers = np.asarray(x)
+    except (TypeError, RuntimeError):
+        return None
+    return numbers if numbers.size and numbers.dtype != object else None
+
+
+def _words(x: Any) -> str:
+    """A number; of a batch its range; of what has no numbers its type."""
+    numbers = _concrete(x)
+    if numbers is None:
+        return f"{x.dtype}{list(x.shape)}" if hasattr(x, "shape") else repr(x)
+    ends = sorted({numbers.min().item(), numbers.max().item()})
+    largest = np.inf if numbers.dtype.kind == "i" else float(jnp.finfo(numbers.dtype).max)
+    return " to ".join("unknown" if end >= largest else f"{end:.3g}" for end in ends)
 
 
 class ConvergenceError(RuntimeError):

@@ -59,6 +59,50 @@ def bars(monkeypatch):
     assert all(bar.closed == 1 for bar in made)
 
 
+# --- what a solution prints ---------------------------------------------------------------------
+
+
+def test_a_solution_prints_numbers():
+    """From zero `x = x / 2 + 1` leaves the residual `2^-k` and the error `2^(1 - k)` after `k`
+    steps, of which 23 bring the residual within a tenth of 2e-6.
+    """
+    solution = solve(halve, 0.0, solver=ij.Picard(), rtol=0.0, atol=2e-6)
+    rows = [
+        "  steps            23",
+        "  evaluations      24",
+        "  residual         1.19e-07",
+        "  estimated error  2.38e-07",
+        "  contraction rate 0.5",
+    ]
+    assert str(solution) == "\n".join(["Solution: converged", *rows])
+    assert str(solution.stats) == "\n".join(["Stats", *rows])
+    assert repr(solution) == str(solution)
+
+
+def test_a_batch_prints_the_share_that_converged_and_ranges():
+    keywords: dict[str, Any] = {"solver": ij.Picard(), "on_failure": "return"}
+    value = lambda a: solve(lambda x: a * x + 1, 0.0, atol=1e-3, rtol=0.0, **keywords)
+    text = str(jax.vmap(value)(jnp.asarray([0.5, -1.0, 0.0, 1.5])))
+    assert text.startswith("Solution: 2 of 4 lanes converged, 1 stagnated, 1 diverged\n")
+    assert "estimated error  0 to unknown" in text
+
+
+def test_within_a_trace_it_prints_what_is_known():
+    seen = []
+
+    def value(a):
+        solution = solve(halve, a)
+        seen.append(str(solution))
+        return solution
+
+    concrete = jax.jit(jax.vmap(value))(jnp.ones(3))
+    shapes = jax.eval_shape(lambda a: value(a).stats, 1.0)
+    assert seen[0].startswith("Solution: the result is not known\n  steps            int32[]")
+    assert "residual         float64[]" in str(shapes)
+    assert "3 of 3 lanes" in str(concrete)
+    assert "None" in str(jax.tree.map(lambda _: None, concrete))
+
+
 # --- the bar ------------------------------------------------------------------------------------
 
 
