@@ -19,6 +19,7 @@ from .linear import (
     LinearSolution,
     Neumann,
 )
+from .plotting import plot_convergence
 from .solvers._anderson import Anderson
 from .solvers._base import AbstractSolver
 from .solvers._newton import Newton
@@ -52,6 +53,7 @@ __all__ = [
     "diagnose",
     "implicit_fixed_point",
     "implicit_root",
+    "plot_convergence",
     "rms_norm",
     "structure",
 ]

@@ -49,6 +49,7 @@ FLOORS = [
     "_diagnosis",
     "_examine",
     "diagnostics",
+    "plotting",
     "__init__",
     "__main__",
 ]

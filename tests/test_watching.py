@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import matplotlib.figure
 import numpy as np
 import pytest
 import tqdm
@@ -267,3 +268,122 @@ def test_without_tqdm_the_error_says_how_to_get_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "tqdm.auto", None)
     with pytest.raises(ImportError, match=r'pip install "implicitjax\[progress\]"'):
         solve(halve, 0.0, progress=True)
+
+
+# --- the picture --------------------------------------------------------------------------------
+
+
+def axes() -> Any:
+    return matplotlib.figure.Figure().subplots()
+
+
+def legend(ax: Any) -> list[str]:
+    ax.figure.canvas.draw()  # what cannot be drawn shows here
+    return [text.get_text() for text in ax.get_legend().get_texts()]
+
+
+def course(rate: Any, **keywords: Any) -> Any:
+    """From zero `x = rate x + 1` has the residual `rate^k` after `k` steps, the error `rate^k / (1
+    - rate)`.
+    """
+    keywords = {"solver": ij.Picard(), "history": True, "rtol": 0.0, "atol": 1e-3} | keywords
+    return solve(
+        lambda x: jax.tree.map(lambda r, xi: r * xi + 1, rate, x),
+        jax.tree.map(jnp.zeros_like, rate),
+        **keywords,
+    )
+
+
+def test_the_picture_of_one_solve():
+    solution = course(jnp.asarray([0.5]))
+    ax = ij.plot_convergence(solution, axes())
+    assert legend(ax) == ["residual", "estimated error"]
+    assert ax.get_yscale() == "log"
+    line, end = ax.lines
+    steps = np.arange(15)  # 2^-14 is the first below 1e-4
+    np.testing.assert_array_equal(line.get_xdata(), steps)
+    np.testing.assert_allclose(line.get_ydata(), 0.5**steps, rtol=1e-12)
+    np.testing.assert_array_equal(end.get_xdata(), [14])
+    np.testing.assert_allclose(end.get_ydata(), [2 * 0.5**14], rtol=1e-9)
+    assert not ax.collections
+
+
+def test_leaves_are_lines_the_worst_first():
+    ax = ij.plot_convergence(course({"a": jnp.asarray(0.2), "b": jnp.asarray(0.6)}), axes())
+    assert legend(ax) == ["x0['b']", "x0['a']", "estimated error"]
+    for line, rate in zip(ax.lines[:2], (0.6, 0.2), strict=True):
+        np.testing.assert_allclose(line.get_ydata()[:9], rate ** np.arange(9), rtol=1e-9)
+
+
+def test_of_many_leaves_the_worst_and_a_band_of_the_others():
+    rates = {f"r{i:02d}": jnp.asarray(0.01 * i) for i in range(1, 61)}
+    ax = ij.plot_convergence(course(rates), axes())
+    worst = [f"x0['r{i}']" for i in (60, 59, 58, 57, 56)]
+    assert legend(ax) == [*worst, "the other 55 leaves", "estimated error"]
+    np.testing.assert_allclose(ax.lines[5].get_ydata()[:4], 0.28 ** np.arange(4.0), rtol=1e-9)
+    assert_band(ax, 2, 0.01**2, 0.55**2)
+
+
+def assert_band(ax: Any, step: int, low: float, high: float) -> None:
+    (band,) = ax.collections
+    at = [y for x, y in band.get_paths()[0].vertices if x == step]
+    np.testing.assert_allclose([min(at), max(at)], [low, high], rtol=1e-9)
+
+
+def test_the_lanes_of_a_batch_are_a_band_in_which_the_last_residual_stays():
+    batch = jax.vmap(lambda r: course(r, on_failure="return"))(jnp.asarray([0.1, 0.5, 0.7]))
+    ax = ij.plot_convergence(batch, axes())
+    assert legend(ax) == ["residual", "estimated error"]
+    ends = np.array([4, 14, 26])  # the first residuals below 1e-4
+    rows = np.array([0.1, 0.5, 0.7]) ** np.minimum(np.arange(27)[:, None], ends)
+    np.testing.assert_allclose(ax.lines[0].get_ydata(), np.median(rows, axis=1), rtol=1e-9)
+    for step in (2, 10, 25):
+        assert_band(ax, step, rows[step].min(), rows[step].max())
+    np.testing.assert_array_equal(ax.lines[1].get_xdata(), ends)
+
+
+@pytest.mark.parametrize("how", ["dict", "list", "again"])
+def test_several_solutions_on_one_axis_have_colours_of_their_own(how):
+    ax, two = axes(), {"a": course(jnp.asarray(0.5)), "b": course(jnp.asarray(0.3))}
+    if how == "again":
+        for name, one in two.items():
+            assert ij.plot_convergence({name: one}, ax) is ax
+    else:
+        ij.plot_convergence(two if how == "dict" else list(two.values()), ax)
+    names = ["solution 0", "solution 1"] if how == "list" else ["a", "b"]
+    assert legend(ax) == [*names, "estimated error"]
+    first, its_end, second, _ = ax.lines
+    assert first.get_color() == its_end.get_color() != second.get_color()
+
+
+def test_what_failed_is_marked_and_what_is_not_known_is_not():
+    ax = ij.plot_convergence(course(0.9, max_steps=5, on_failure="return"), axes())
+    assert legend(ax) == ["residual", "estimated error, not converged"]
+    ax = ij.plot_convergence(course(-1.0, on_failure="return"), axes())
+    assert legend(ax) == ["residual"]
+    bad = solve(lambda x: jnp.sqrt(x - 1), 1.5, on_failure="return", history=True)
+    assert legend(ij.plot_convergence({"a": bad, "b": bad}, axes()))[:2] == ["a", "b"]
+    zeros = jax.vmap(lambda a: solve(lambda x: 0 * x + a, 1.0, history=True))(jnp.ones(2))
+    ij.plot_convergence(zeros, axes()).figure.canvas.draw()
+
+
+def test_a_picture_of_what_has_none_is_refused(monkeypatch):
+    with pytest.raises(ValueError, match="history=True"):
+        ij.plot_convergence(solve(halve, 0.0), axes())
+    with pytest.raises(ValueError, match="return the solution from `jit`"):
+        jax.jit(lambda u: ij.plot_convergence(solve(halve, u, history=True), axes()))(1.0)
+    with pytest.raises(TypeError, match="draws a Solution"):
+        ij.plot_convergence(3.0, axes())  # pyright: ignore[reportArgumentType]
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ImportError, match=r'pip install "implicitjax\[plot\]"'):
+        ij.plot_convergence(course(0.5))
+
+
+def test_without_axes_it_makes_some(monkeypatch):
+    monkeypatch.setenv("MPLBACKEND", "Agg")
+    import matplotlib.pyplot as plt
+
+    plt.switch_backend("Agg")
+    ax = ij.plot_convergence(course(0.5))
+    assert plt.gcf() is ax.figure
+    plt.close(ax.figure)
