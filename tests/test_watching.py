@@ -13,6 +13,9 @@ import tqdm.auto
 
 import implicitjax as ij
 from implicitjax import progress
+from implicitjax._solve import solve as compiled_solve
+
+from . import systems
 
 solve: Any = ij.implicit_fixed_point
 
@@ -115,10 +118,12 @@ def test_one_bar_ends_with_the_solve(bars, how, capsys):
     }.get(how, {})
     value = lambda u: solve(halve, jnp.zeros_like(u), u, progress=True, **keywords).value
     u = jnp.ones(3, jnp.float32 if how == "float32" else None)
+    call, programs = jax.jit(value) if how == "jit" else value, set()
     for _ in range(2):
-        x = (jax.jit(value) if how == "jit" else value)(u)
+        x = call(u)
+        programs.add(systems.programs(compiled_solve))
         np.testing.assert_allclose(x, 2.0, rtol=1e-4 if how == "float32" else 1e-9)
-    assert len(bars) == 2
+    assert len(bars) == 2 and len(programs) == 1
     for bar in bars:
         share, words = bar.drawn[-1]
         assert share == bar.total
@@ -187,8 +192,8 @@ def test_the_host_is_called_each_tenth_of_a_second_while_steps_are_slow(bars, mo
 
 @pytest.mark.parametrize("early_stop", [True, False])
 def test_a_batch_has_one_bar(bars, early_stop):
-    """The lane of 2 goes round in a cycle; one of the others has ended long before."""
-    a = jnp.asarray([0.9, -1.0, 0.1])
+    """One lane goes round in a cycle; others end long before the last, one of them by a probe."""
+    a = jnp.asarray([0.9, -1.0, 0.1, 0.0])
 
     def value(a):
         f = lambda x: a * x + 1
@@ -196,10 +201,10 @@ def test_a_batch_has_one_bar(bars, early_stop):
         return solve(f, 0.0, progress=True, on_failure="nan", **keywords).value
 
     x = jax.jit(jax.vmap(value))(a)
-    np.testing.assert_allclose(x, [10.0, np.nan, 1 / 0.9], rtol=1e-9)
+    np.testing.assert_allclose(x, [10.0, np.nan, 1 / 0.9, 1.0], rtol=1e-9)
     ((share, words),) = [bar.drawn[-1] for bar in bars]
     assert share < 1
-    assert words.endswith(", 2 of 3 lanes converged, 1 failed")
+    assert words.endswith(", 3 of 4 lanes converged, 1 failed")
 
 
 def test_a_solve_within_a_solve_has_a_bar_of_its_own(bars):
