@@ -45,14 +45,15 @@ def nothing_told() -> Told:
 def tell(
     told: Told,
     step: Int[Array, ""],
-    now: Callable[[], tuple[Int[Array, ""], Float[Array, ""]]],
+    now: Callable[[], tuple[Int[Array, " 2"], Float[Array, ""]]],
     was_running: Bool[Array, ""],
     goes_on: Bool[Array, ""],
 ) -> Int[Array, " 3"]:
     """Calls the host if it is due, or if the solve ends. Returns what the host has told, and the
     step, which comes by way of the host: XLA drops a call on which nothing depends.
 
-    - `now`: how the solve stands, one of the constants above and the error in tolerances.
+    - `now`: how the solve stands: one of the constants above, the steps that led there; and the
+      error in tolerances.
     - `was_running`: false for a lane of a batch that had ended before; `goes_on`: true until a lane
       ends.
     """
@@ -60,8 +61,8 @@ def tell(
     shape = jax.ShapeDtypeStruct((3,), np.dtype(np.int32))
 
     def call(carry: tuple) -> tuple:
-        state, error = now()
-        numbers = jnp.append(carry[1], state)
+        stands, error = now()
+        numbers = jnp.append(carry[1], stands)
         # A batch comes as one call, with axes of lanes in front.
         answer = jax.pure_callback(
             _hear, shape, numbers, lax.stop_gradient(error), vmap_method="broadcast_all"
@@ -75,13 +76,14 @@ def tell(
 def _hear(numbers: Any, error: Any) -> np.ndarray:
     """The host's side."""
     numbers = np.array(numbers)
-    number, _, step, state = np.moveaxis(numbers, -1, 0)
+    number, _, step, state, steps = np.moveaxis(numbers, -1, 0)
     key = int(number.max())
     if key not in _bars:
         close(_STALE)
         key = next(_numbers)
         _bars[key] = _Bar()
-    numbers[..., 1] = _bars[key].show(int(step.max()), float(np.max(error)), state)
+    wait = _bars[key].show(int(steps.max()), float(np.max(error)), state)
+    numbers[..., 1] = step.max() + wait
     numbers[..., 0] = key
     if np.all(state != GOES_ON):
         _bars.pop(key).bar.close()
@@ -107,7 +109,7 @@ class _Bar:
         self.step, self.largest = 0, 1.0
 
     def show(self, step: int, error: float, state: np.ndarray) -> int:
-        """Draws the bar if it is time to, and returns the step of the next call."""
+        """Draws the bar if it is time to, and returns after how many steps to call next."""
         now = time.monotonic()
         if math.isfinite(error):
             self.largest = max(self.largest, error)
@@ -127,7 +129,7 @@ class _Bar:
                 self.bar.refresh()
         steps, seconds = step - self.step, max(now - self.heard, 1e-6)
         self.step, self.heard = step, time.monotonic()
-        return step + max(1, min(step, int(steps * _SECONDS / seconds)))
+        return max(1, min(step, int(steps * _SECONDS / seconds)))
 
     def _done(self, error: float) -> float:
         """The share of the way, in digits."""

@@ -145,10 +145,14 @@ def iterate(
 
         def now() -> tuple[Array, Array]:
             # A lane that has ended stays in a batch; what it does there does not count.
-            code, seen = _tree.where(was_running, (new.code, new.seen), (old.code, old.seen))
-            met = (code == CONVERGED) | (code == ACCEPTED)
-            state = choose(met, progress.CONVERGED, progress.FAILED)
-            return choose(goes_on, progress.GOES_ON, state), Seen(*_number.cut(seen)).error[0]
+            code, seen, step = _tree.where(
+                was_running, *((s.code, s.seen, s.step) for s in (new, old))
+            )
+            probed = code == ACCEPTED
+            ended = choose((code == CONVERGED) | probed, progress.CONVERGED, progress.FAILED)
+            state = choose(goes_on, progress.GOES_ON, ended)
+            stands = jnp.stack([state, step - probed.astype(jnp.int32)])
+            return stands, Seen(*_number.cut(seen)).error[0]
 
         told = progress.tell(told, new.step, now, was_running, goes_on)
         return new._replace(told=told[:2], step=told[2])
