@@ -1,12 +1,14 @@
 """The default: the method is chosen by the size of the unknown, and whether it is batched."""
 
+import dataclasses
 import functools
+from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
 
 from .. import _tree
-from .._check import positive_int
+from .._check import nonnegative, positive_int
 from .._tree import explicitly_sharded, size
 from ._base import default_rtol, LinearSolution, Operator, PrecisionAware, Vector, with_auto_axes
 from ._bicgstab import products
@@ -35,6 +37,7 @@ class AutoLinearSolver(PrecisionAware):
     **Arguments**
 
     - `dense_limit`: unknowns up to which a matrix is factorised.
+    - `rtol`: the relative error of what products alone find; `None` for `eps^(2/3)` of the dtype.
     - `epsilon`: the round-off of products with `A`; set by the rule.
 
     **Raises**
@@ -54,21 +57,29 @@ class AutoLinearSolver(PrecisionAware):
     """
 
     dense_limit: int = 512
+    rtol: Any = None
 
     def __check_init__(self) -> None:
         positive_int("AutoLinearSolver(dense_limit)", self.dense_limit)
+        nonnegative("AutoLinearSolver(rtol)", self.rtol)
+
+    def within(self, rtol: Any) -> "AutoLinearSolver":
+        """The same method, which may stop at the relative error `rtol`, if it has none."""
+        return self if self.rtol is not None else dataclasses.replace(self, rtol=rtol)
 
     def solve(self, A: Operator, b: Vector) -> LinearSolution:
         """Solves `A u = b`; `b` is a list of real arrays of any shapes."""
-        free = functools.partial(matrix_free, epsilon=self.round_off(b))
-        dense = functools.partial(factorise, epsilon=self.round_off(b))
+        epsilon = self.round_off(b)
+        free = lambda A, b, *rtol: matrix_free(A, b, epsilon, *rtol)
+        dense = lambda A, b, *_: factorise(A, b, epsilon)
+        more = () if self.rtol is None else (jnp.asarray(self.rtol),)
         if any(map(explicitly_sharded, b)) or size(b) > self.dense_limit:
-            return free(A, b)
+            return free(A, b, *more)
         single = dense if size(b) <= min(_SINGLE, self.dense_limit) else free
-        return by_batch(A, b, single=single, shared=dense, batched=free)
+        return by_batch(A, b, single=single, shared=dense, batched=free, more=more)
 
 
-def matrix_free(A: Operator, b: Vector, epsilon: float) -> LinearSolution:
+def matrix_free(A: Operator, b: Vector, epsilon: float, rtol: Any = None) -> LinearSolution:
     """`A u = b` by products alone."""
 
     def again(carry: tuple) -> tuple:
@@ -76,15 +87,18 @@ def matrix_free(A: Operator, b: Vector, epsilon: float) -> LinearSolution:
         # A loop of one round at most is a conditional that vmap does not turn into a select.
         take_over = lambda carry: (jnp.zeros((), bool), krylov(carry[1]))
         _, start = lax.while_loop(lambda c: c[0], take_over, (k == 1, out.value))
-        return k + 1, *attempt(A, b, start, epsilon, None, limit, most)
+        return k + 1, *attempt(A, b, start, epsilon, rtol, limit, most)
 
     def krylov(start: Vector) -> Vector:
         try:
-            return with_auto_axes(functools.partial(products, rtol=rtol, max_steps=limit), A, b)
+            return with_auto_axes(
+                functools.partial(products, rtol=krylov_rtol, max_steps=limit), A, b
+            )
         except (ValueError, NotImplementedError):
             return start  # JAX transposes `A` there, and a map that holds a `while_loop` cannot be
 
-    rtol, limit = default_rtol(b[0].dtype), min(10 * size(b), 1000)
+    krylov_rtol = default_rtol(b[0].dtype) if rtol is None else rtol
+    limit = min(10 * size(b), 1000)
     zero = jnp.zeros((), b[0].dtype)
     nothing = LinearSolution(b, zero, zero, zero, jnp.zeros((), bool))
     unfinished = lambda carry: ~carry[1].trusted & (carry[0] < 2)

@@ -67,6 +67,12 @@ class AbstractLinearSolver(eqx.Module):
         """The same method, where products with `A` have the round-off `epsilon`."""
         return self
 
+    def within(self, rtol: Any) -> "AbstractLinearSolver":
+        """The same method, which may stop at the relative error `rtol`; itself where it was told
+        another, or needs none.
+        """
+        return self
+
     @abc.abstractmethod
     def solve(self, A: Operator, b: Vector) -> LinearSolution:
         """Returns `u` with `A u = b`, and the residual that it leaves."""

@@ -1,6 +1,8 @@
 """The stabilised biconjugate gradient method, from JAX."""
 
+import dataclasses
 import functools
+from typing import Any
 
 import jax
 
@@ -48,12 +50,16 @@ class BiCGStab(PrecisionAware):
     Source: van der Vorst, *SIAM J. Sci. Stat. Comput.* 13, 1992.
     """
 
-    rtol: float | None = None
+    rtol: Any = None
     max_steps: int | None = None
 
     def __check_init__(self) -> None:
         nonnegative("BiCGStab(rtol)", self.rtol)
         positive_int("BiCGStab(max_steps)", self.max_steps)
+
+    def within(self, rtol: Any) -> "BiCGStab":
+        """The same method, which may stop at the relative error `rtol`, if it has none."""
+        return self if self.rtol is not None else dataclasses.replace(self, rtol=rtol)
 
     def solve(self, A: Operator, b: Vector) -> LinearSolution:
         """Solves `A u = b`; `b` is a list of real arrays of any shapes."""
@@ -65,6 +71,6 @@ class BiCGStab(PrecisionAware):
         return polished(A, b, u, self.round_off(b), rtol)
 
 
-def products(A: Operator, b: Vector, rtol: float, max_steps: int) -> Vector:
+def products(A: Operator, b: Vector, rtol: Any, max_steps: int) -> Vector:
     """The method by itself."""
     return jax.scipy.sparse.linalg.bicgstab(A, b, tol=rtol, maxiter=max_steps)[0]

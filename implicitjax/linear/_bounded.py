@@ -1,5 +1,7 @@
 """A linear system as a fixed point: the loop that solves the value solves the derivative too."""
 
+from typing import Any
+
 import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
@@ -20,7 +22,7 @@ def attempt(
     b: Vector,
     start: Vector,
     epsilon: float,
-    rtol: float | None,
+    rtol: Any,
     max_steps: int,
     most: Float[Array, ""] | float = 0.0,
 ) -> tuple[LinearSolution, Float[Array, ""]]:
@@ -58,13 +60,13 @@ def attempt(
     return solution, largest
 
 
-def polished(A: Operator, b: Vector, u: Vector, epsilon: float, rtol: float) -> LinearSolution:
+def polished(A: Operator, b: Vector, u: Vector, epsilon: float, rtol: Any) -> LinearSolution:
     """`attempt` from the `u` of another method, which stops by its residual, not by its error.
 
     What ran out of steps before its own residual was small is not trusted, and that residual told.
     """
     (found, _), own = attempt(A, b, u, epsilon, rtol, _STEPS), measured(A, b, u)
-    enough = max(10 * rtol, epsilon ** (1 / 3))
+    enough = jnp.maximum(10 * rtol, epsilon ** (1 / 3))
     reached = own.residual <= enough
     return LinearSolution(
         value=found.value,

@@ -10,7 +10,7 @@ from jax.custom_batching import custom_vmap
 
 from ._base import LinearSolution, Operator, Vector
 
-Solve = Callable[[Operator, Vector], LinearSolution]
+Solve = Callable[..., LinearSolution]
 
 
 def by_batch(
@@ -21,39 +21,40 @@ def by_batch(
     shared: Solve,
     batched: Solve,
     in_turn: bool = False,
+    more: tuple = (),
 ) -> LinearSolution:
-    """`single(A, b)`; under `jax.vmap` of `b` alone `shared`, and `batched` where `A` varies.
+    """`single(A, b, *more)`; under `jax.vmap` of `b` alone `shared`, `batched` where `A` varies.
 
-    `in_turn`: on a CPU a batch is solved one by one.
+    `in_turn`: on a CPU a batch is solved one by one. `more`: arrays.
     """
     closed = jax.make_jaxpr(A)(b)
     jaxpr, consts = closed.jaxpr, closed.consts
     del closed  # the rule outlives this trace, and must not hold its tracers
 
     # What `A` reads is an argument, so that a batch of it is seen.
-    def of(solve: Solve) -> Callable[[list, Vector], LinearSolution]:
-        return lambda consts, b: solve(lambda v: closed_over(consts, v), b)
+    def of(solve: Solve) -> Callable[[list, tuple], LinearSolution]:
+        return lambda consts, rest: solve(lambda v: closed_over(consts, v), *rest)
 
     def closed_over(consts: list, v: Vector) -> Vector:
         return eval_jaxpr(jaxpr, consts, *v)
 
     chosen = _choose(of(single), of(shared), of(batched), in_turn)
-    return chosen(consts, b)
+    return chosen(consts, (b, *more))
 
 
 def _choose(single: Callable, shared: Callable, batched: Callable, in_turn: bool) -> Callable:
     @custom_vmap
-    def solve(consts: list, b: Vector) -> LinearSolution:
-        return single(consts, b)
+    def solve(consts: list, rest: tuple) -> LinearSolution:
+        return single(consts, rest)
 
     @solve.def_vmap
-    def rule(_: int, which: Any, consts: list, b: Vector) -> tuple:
+    def rule(_: int, which: Any, consts: list, rest: tuple) -> tuple:
         axes = jax.tree.map(lambda is_batched: 0 if is_batched else None, which)
         if any(jax.tree.leaves(which[0])):
-            out = _of_batch(batched, which, in_turn)(consts, b)
+            out = _of_batch(batched, which, in_turn)(consts, rest)
         else:
             several, free = (jax.vmap(s, in_axes=(None, axes[1])) for s in (shared, batched))
-            out = _choose(several, several, free, in_turn)(consts, b)
+            out = _choose(several, several, free, in_turn)(consts, rest)
         return out, jax.tree.map(lambda _: True, out)
 
     return solve

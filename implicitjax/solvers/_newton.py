@@ -1,16 +1,51 @@
 """Newton's method."""
 
+import dataclasses
 from typing import ClassVar
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jaxtyping import Float, Int
 
-from .._tree import as_reals, axpy, epsilon, sub
+from .. import _tree
+from .._packing import Packing
 from ..linear import AbstractLinearSolver, AutoLinearSolver
-from ..linear._base import Operator, scaled_solve, Vector
+from ..linear._base import default_rtol, Operator, scaled_solve, Vector
 from ..linear._lineax import as_linear_solver
 from ..linear._transposable import with_derivatives
 from ._base import AbstractSolver, Iterate, Map
+from ._scale import in_units, length, safe_ratio, sizes
+
+# A residual has fallen enough if it did by this part of the step.
+_ENOUGH = 1e-4
+# So many steps may pass until it has, but none whose residual is so many times the least one, and
+# none that leads away by so many times the first of them.
+_PATIENCE, _WORSE, _FAR = 4, 100.0, 10.0
+# Where so small a part of a step does not help either, so many steps are taken at will.
+_SMALL, _FREE = 2.0**-10, 64
+# The largest forcing term, and `gamma` of Eisenstat and Walker.
+_FORCING, _GAMMA = 0.1, 0.9
+
+
+class NewtonState(eqx.Module):
+    """What Newton's method remembers.
+
+    - `x`, `r`: the iterate with the least residual, and that.
+    - `step`: the step from it; `part`: what part of it was tried last.
+    - `left`: how many steps may pass until the residual is less; -1 before the first.
+    - `taken`: what part of the last step was taken, wherever it led.
+    - `last`: the length of the last residual.
+    """
+
+    x: Iterate
+    r: Iterate
+    step: Iterate
+    part: Float[Array, ""]
+    left: Int[Array, ""]
+    taken: Float[Array, ""]
+    last: Float[Array, ""]
 
 
 class Newton(AbstractSolver):
@@ -20,10 +55,24 @@ class Newton(AbstractSolver):
     A complex unknown counts as two reals, so that `f` need not be holomorphic. `f` must have a
     pushforward (`jax.jvp`).
 
+    Far from a solution a watchdog looks after the steps (Chamberlain, Powell, Lemarechal and
+    Pedersen, *Mathematical Programming Study* 16, 1982). A few of them may make the residual
+    worse. Where it is not less then, or far worse, or not finite, the method returns to the iterate
+    of the least residual and takes half of the step from there, until the residual is less; each
+    step after that is doubled up to the whole one. The residual may have a minimum that is no
+    solution, where no part of the step helps: from there 64 whole steps are free. To take a step
+    back costs an evaluation and no linear solve.
+
+    A matrix-free solve is exact to a forcing term, `min(1/10, 0.9 (|r| / |r'|)^2)` with the last
+    two residuals (Eisenstat and Walker, *SIAM J. Sci. Comput.* 17, 1996, choice 2). It bounds
+    the error of the step here, not its residual. Their safeguard is for terms above a tenth, which
+    none is. Where the linear solver says that it failed, its step is not taken, but Picard's.
+
     **Arguments**
 
     - `linear_solver`: for the system with `I - J`; `AutoLinearSolver()` by default. One of Lineax
-      is taken too.
+      is taken too. The forcing term is for those which have an `rtol` that was not set.
+    - `layout`: which entries are of one leaf; set by the loop.
 
     **Raises**
 
@@ -46,20 +95,73 @@ class Newton(AbstractSolver):
     linear_solver: AbstractLinearSolver = eqx.field(
         default_factory=AutoLinearSolver, converter=as_linear_solver
     )
+    layout: Packing | None = eqx.field(static=True, default=None)
 
-    def init(self, x: Iterate) -> None:
-        """Newton's method has no memory."""
+    def arrange(self, layout: Packing) -> "Newton":
+        """The same method, which knows the leaves in its vectors."""
+        return dataclasses.replace(self, layout=layout)
 
-    def step(self, f: Map, x: Iterate, fx: Iterate, state: None) -> tuple[Iterate, None]:
-        """`x + (I - J)^-1 (f(x) - x)`."""
-        to_reals, from_reals = as_reals(x)
+    def init(self, x: Iterate) -> NewtonState:
+        """Nothing is known."""
+        zeros = [jnp.zeros_like(xi) for xi in x]
+        one = jnp.ones((), _tree.accumulation_dtype(x))
+        left = jnp.full((), -1, jnp.int32)
+        return NewtonState(zeros, zeros, zeros, part=one, left=left, taken=one, last=0 * one)
 
-        def A(v: list) -> list:
+    def step(
+        self, f: Map, x: Iterate, fx: Iterate, state: NewtonState
+    ) -> tuple[Iterate, NewtonState]:
+        """`x + t (I - J)^-1 (f(x) - x)`, or from the best iterate with half the `t`."""
+        started, r = state.left >= 0, _tree.sub(fx, x)
+        unit = sizes(_tree.where(started, state.x, x), self.layout)
+        moved = _tree.sub(x, state.x)
+        residual, least, away, first = (
+            length(in_units(v, unit)) for v in _tree.stop_gradient((r, state.r, moved, state.step))
+        )
+        less = ~started | (residual < (1 - _ENOUGH * state.part) * least)
+        held = (residual <= _WORSE * least) & (away <= _FAR * first)
+        free = (state.left > _PATIENCE) & jnp.isfinite(residual)
+        back = ~less & ((state.left == 0) | ~(held | free))
+
+        def halve(_: None) -> tuple:
+            return state.step, state.part / 2
+
+        def solve(_: None) -> tuple:
+            forcing = _forcing(residual, state.last)
+            return self._solve(f, x, r, forcing), jnp.minimum(2 * state.taken, 1)
+
+        step, part = lax.cond(back, halve, solve, None)
+        lost = back & (part == _SMALL)
+        left = jnp.where(lost, _FREE, jnp.where(back, 0, state.left - 1))
+        taken = jnp.where(lost, 1, part)
+        ahead = _tree.axpy(taken, step, _tree.where(back, state.x, x))
+        best = _tree.where(less, (x, r, step), (state.x, state.r, state.step))
+        return ahead, NewtonState(
+            *best,
+            part=jnp.where(less | back, part, state.part),
+            left=jnp.where(less, _PATIENCE, left),
+            taken=taken,
+            last=residual,
+        )
+
+    def _solve(self, f: Map, x: Iterate, r: Iterate, forcing: Float[Array, ""]) -> Iterate:
+        """`(I - J)^-1 r`, or `r` where the linear solver did not find it."""
+        to_reals, from_reals = _tree.as_reals(x)
+        linear_solver = self.linear_solver.within(forcing)
+
+        def A(v: Vector) -> Vector:
             v = from_reals(v)
-            return to_reals(sub(v, jax.jvp(f, (x,), (v,))[1]))
+            return to_reals(_tree.sub(v, jax.jvp(f, (x,), (v,))[1]))
 
         def solve(A: Operator, b: Vector) -> Vector:
-            return scaled_solve(self.linear_solver, A, b, epsilon(x)).value
+            out = scaled_solve(linear_solver, A, b, _tree.epsilon(x))
+            return [jnp.where(out.trusted, leaf, jnp.nan) for leaf in out.value]
 
-        step = with_derivatives(A, to_reals(sub(fx, x)), solve)
-        return axpy(1.0, from_reals(step), x), None
+        step = with_derivatives(A, to_reals(r), solve)
+        return _tree.where(_tree.all_finite(step), from_reals(step), r)
+
+
+def _forcing(residual: Float[Array, ""], last: Float[Array, ""]) -> Float[Array, ""]:
+    """The second choice of Eisenstat and Walker, with the power 2."""
+    forcing = _GAMMA * safe_ratio(residual, last, 1.0) ** 2
+    return jnp.clip(forcing, default_rtol(residual.dtype), _FORCING)

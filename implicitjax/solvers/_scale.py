@@ -1,0 +1,53 @@
+"""Lengths in which each leaf is measured in units of its own size.
+
+So no step depends on the units of the unknown. An iterate is a list of vectors, of which one may
+hold several leaves; the layout tells them apart.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+from jax import Array, lax
+from jaxtyping import Float
+
+from .. import _tree
+from .._packing import Packing, whole
+
+
+def sizes(x: Sequence[Array], layout: Packing | None) -> list[Array]:
+    """For each vector the mean magnitude of its leaves, 1 for a leaf of zeros; constants."""
+    means = (layout or whole(x)).spread_means([jnp.abs(xi) for xi in _tree.stop_gradient(x)])
+    return [lax.select(m > 0, m, jnp.ones_like(m)) for m in means]
+
+
+def in_units(v: Sequence[Array], unit: Sequence[Array]) -> list[Array]:
+    """`v`, each leaf in its unit; in float32 at least."""
+    wide = [_tree.widen(vi, _tree.accumulation_dtype(vi)) for vi in v]
+    return [wi / ui.astype(wi.dtype) for wi, ui in zip(wide, unit, strict=True)]
+
+
+def length(v: Sequence[Array]) -> Float[Array, ""]:
+    """`|v|`, with the derivative 0 at 0, for those who differentiate the iterations."""
+    ((squared,),) = _tree.inner_rows([v], [v])
+    positive = ~(squared <= 0)  # NaN too
+    root = jnp.sqrt(lax.select(positive, squared, jnp.ones_like(squared)))
+    return lax.select(positive, root, jnp.zeros_like(squared))
+
+
+def safe_ratio(a: Array, b: Array, otherwise: float) -> Array:
+    """`a / b`, `otherwise` where `b` is 0."""
+    nothing = b == 0
+    ratio = a / lax.select(nothing, jnp.ones_like(b), b)
+    return lax.select(nothing, jnp.full_like(ratio, otherwise), ratio)
+
+
+def combine(*terms: tuple[Any, list]) -> list:
+    """`sum a v` for pairs of a number and a vector like the first, each leaf in its own dtype."""
+    (_, like), *_ = terms
+    out = []
+    for i, leaf in enumerate(like):
+        wide = _tree.accumulation_dtype(leaf)
+        parts = [jnp.asarray(a).astype(wide) * _tree.widen(v[i], wide) for a, v in terms]
+        out.append(sum(parts[1:], parts[0]).astype(leaf.dtype))
+    return out
