@@ -22,8 +22,10 @@ from .linear import (
 from .plotting import plot_convergence
 from .solvers._anderson import Anderson
 from .solvers._base import AbstractSolver
+from .solvers._broyden import Broyden
 from .solvers._newton import Newton
 from .solvers._picard import Picard
+from .solvers._squarem import Squarem
 
 __all__ = [
     "GMRES",
@@ -32,6 +34,7 @@ __all__ = [
     "Anderson",
     "AutoLinearSolver",
     "BiCGStab",
+    "Broyden",
     "ConvergenceError",
     "DenseLU",
     "DerivativeError",
@@ -45,6 +48,7 @@ __all__ = [
     "Picard",
     "Result",
     "Solution",
+    "Squarem",
     "Stats",
     "Structure",
     "UnrolledAdjoint",

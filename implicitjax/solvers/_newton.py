@@ -57,7 +57,7 @@ class Newton(AbstractSolver):
 
     Far from a solution a watchdog looks after the steps (Chamberlain, Powell, Lemarechal and
     Pedersen, *Mathematical Programming Study* 16, 1982). A few of them may make the residual
-    worse. Where it is not less then, or far worse, or not finite, the method returns to the iterate
+    worse. Where it is not less then, or far worse, the method returns to the iterate
     of the least residual and takes half of the step from there, until the residual is less; each
     step after that is doubled up to the whole one. The residual may have a minimum that is no
     solution, where no part of the step helps: from there 64 whole steps are free. To take a step
@@ -91,6 +91,7 @@ class Newton(AbstractSolver):
     """
 
     uses_map: ClassVar[bool] = True
+    takes_back: ClassVar[bool] = True
 
     linear_solver: AbstractLinearSolver = eqx.field(
         default_factory=AutoLinearSolver, converter=as_linear_solver

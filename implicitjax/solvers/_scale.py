@@ -38,7 +38,7 @@ def length(v: Sequence[Array]) -> Float[Array, ""]:
 def safe_ratio(a: Array, b: Array, otherwise: float) -> Array:
     """`a / b`, `otherwise` where `b` is 0."""
     nothing = b == 0
-    ratio = a / lax.select(nothing, jnp.ones_like(b), b)
+    ratio = a / lax.select(nothing, jnp.ones_like(b), b).astype(a.dtype)
     return lax.select(nothing, jnp.full_like(ratio, otherwise), ratio)
 
 
@@ -47,7 +47,7 @@ def combine(*terms: tuple[Any, list]) -> list:
     (_, like), *_ = terms
     out = []
     for i, leaf in enumerate(like):
-        wide = _tree.accumulation_dtype(leaf)
-        parts = [jnp.asarray(a).astype(wide) * _tree.widen(v[i], wide) for a, v in terms]
+        wide = [(a, _tree.widen(v[i], _tree.accumulation_dtype(leaf))) for a, v in terms]
+        parts = [jnp.asarray(a).astype(vi.dtype) * vi for a, vi in wide]
         out.append(sum(parts[1:], parts[0]).astype(leaf.dtype))
     return out
