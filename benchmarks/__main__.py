@@ -7,13 +7,14 @@ from pathlib import Path
 
 import jax
 
-from . import bar, budget, compiled, eager, honesty, solvers
+from . import bar, branches, budget, compiled, eager, honesty, solvers
 from .report import Report
 
 TOPICS = {
     "eager": eager.run,
     "compiled": compiled.run,
     "solvers": solvers.run,
+    "branches": branches.run,
     "honesty": honesty.run,
     "budget": budget.run,
     "bar": bar.run,
@@ -30,9 +31,7 @@ def main() -> None:
     parser.add_argument(
         "topics", nargs="*", metavar="topic", help=f"of {', '.join(TOPICS)}; all by default"
     )
-    parser.add_argument(
-        "--rows", default="", metavar="TEXT", help="of the budget, only rows whose name has this"
-    )
+    parser.add_argument("--rows", default="", metavar="TEXT", help="only rows whose name has this")
     parser.add_argument("--json", type=Path, metavar="PATH", help="write the numbers there too")
     arguments = parser.parse_args()
     if unknown := set(arguments.topics) - set(TOPICS):
@@ -41,8 +40,8 @@ def main() -> None:
     report = Report()
     print(f"jax {jax.__version__}, {jax.default_backend()}, python {platform.python_version()}")
     for topic in arguments.topics or TOPICS:
-        if topic == "budget":
-            budget.run(report, arguments.rows)
+        if topic in ("branches", "budget", "solvers"):
+            TOPICS[topic](report, arguments.rows)
         else:
             TOPICS[topic](report)
     if arguments.json is not None:

@@ -13,9 +13,9 @@ from . import (
     physics,
     spectra,
 )
-from ._problem import in_reals, KINDS, lane, Map, Problem, Vector
+from ._problem import flat, in_reals, KINDS, lane, Map, Problem, Vector
 
-__all__ = ["KINDS", "Map", "Problem", "Vector", "all_problems", "in_reals", "lane"]
+__all__ = ["KINDS", "Map", "Problem", "Vector", "all_problems", "flat", "in_reals", "lane"]
 
 _FILES = (
     spectra, equations, estimation, fields, physics, economics, networks, optimisation, lanes,

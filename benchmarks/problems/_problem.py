@@ -68,11 +68,32 @@ class Problem:
         """That of `functional` of the solution in `theta`; infinite where there is none."""
         return self._known[1]
 
+    @property
+    def known_weights(self) -> PyTree:
+        """Those of the functional, with the structure and the dtypes of `x0`."""
+        weights = fixed_weights(self.x0) if self.weights is None else self.weights
+        return jax.tree.map(lambda w, a: w.astype(np.result_type(a)), weights, self.x0)
+
     def functional(self, x: PyTree) -> Array:
         """The real part of a sum with fixed weights, over all lanes."""
-        weights = fixed_weights(x) if self.weights is None else self.weights
-        terms = jax.tree.map(lambda w, xi: jnp.sum((jnp.conj(w) * xi).real), weights, x)
+        terms = jax.tree.map(lambda w, a: jnp.sum((jnp.conj(w) * a).real), self.known_weights, x)
         return functools.reduce(jnp.add, jax.tree.leaves(terms))
+
+    @property
+    def count(self) -> int:
+        """Of lanes."""
+        return len(jax.tree.leaves(self.x0)[0])
+
+    def of_lane(self, i: int) -> "Problem":
+        """One lane as a problem of its own."""
+        return dataclasses.replace(
+            self,
+            x0=lane(self.x0, i),
+            theta=lane(self.theta, i),
+            reference=lambda _: lane((self.x_star, self.gradient), i),
+            lanes=False,
+            weights=lane(self.known_weights, i),
+        )
 
     def error(self, x: PyTree) -> float:
         """The distance from the solution, relative to its size; that of the worst lane."""
@@ -104,8 +125,7 @@ class Problem:
     def _rows(self, x: PyTree) -> np.ndarray:
         if not self.lanes:
             return flat(x)[None]
-        lanes = len(jax.tree.leaves(x)[0])
-        return np.stack([flat(lane(x, i)) for i in range(lanes)])
+        return np.stack([flat(lane(x, i)) for i in range(self.count)])
 
 
 def lane(x: PyTree, i: int) -> PyTree:
@@ -175,14 +195,10 @@ def newton(
         return tree(jnp.asarray(v)), gradient
 
     def reference(p: Problem) -> tuple[PyTree, PyTree]:
-        weights = fixed_weights(p.x0) if p.weights is None else p.weights
-        # The functional pairs a complex leaf as reals, as `flat` does.
-        paired = lambda w, a: w + 0j if np.iscomplexobj(a) and not np.iscomplexobj(w) else w
-        weights = jax.tree.map(paired, weights, p.x0)
+        weights = p.known_weights  # `flat` pairs a complex leaf as reals, as the functional does
         if not p.lanes:
             return one(p, p.x0, p.theta, weights)
-        count = len(jax.tree.leaves(p.x0)[0])
-        lanes = [one(p, *(lane(a, i) for a in (p.x0, p.theta, weights))) for i in range(count)]
+        lanes = [one(p, *(lane(a, i) for a in (p.x0, p.theta, weights))) for i in range(p.count)]
         return jax.tree.map(lambda *a: np.stack(a), *lanes)
 
     return reference
@@ -191,8 +207,4 @@ def newton(
 def known(solution: Callable[[PyTree, PyTree], tuple[PyTree, PyTree]]) -> Reference:
     """A closed form: `solution(theta, weights)` gives the fixed point and the gradient."""
 
-    def reference(p: Problem) -> tuple[PyTree, PyTree]:
-        weights = fixed_weights(p.x0) if p.weights is None else p.weights
-        return solution(p.theta, weights)
-
-    return reference
+    return lambda p: solution(p.theta, p.known_weights)

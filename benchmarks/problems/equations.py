@@ -170,15 +170,13 @@ def leaf() -> Problem:
         uptake = vmax * (ci - 40) / (ci + 600)
         vapour = 0.611 * jnp.exp(17.5 * warmth / (warmth + 241))
         latent = 44 * gs * (vapour - 1.5) / 101 * 1000
+        opened = 0.01 + 4.5 * uptake / (400 * vapour / 1.5)
         return {
-            "warmth": t["air"] + (t["light"] - latent) / 60,
-            "stomata": {
-                "gs": 0.01 + 9 * uptake / 400 / (1 + (vapour - 1.5) / 1.5) * 0.5,
-                "ci": 400 - 1.6 * uptake / gs,
-            },
+            "warmth": t["air"] + (t["light"] - latent) / 100,
+            "stomata": {"gs": opened, "ci": 400 - 1.6 * uptake / opened},
         }
 
-    air = np.linspace(18, 30, 6)
-    theta = {"air": air, "light": np.linspace(100, 400, 6)}
+    air = np.linspace(18, 26, 6)
+    theta = {"air": air, "light": np.linspace(100, 300, 6)}
     guess = {"warmth": air, "stomata": {"gs": np.full(6, 0.2), "ci": np.full(6, 280.0)}}
-    return Problem("leaf of a plant", "pytree", f, guess, theta, newton(warm=400, damping=0.3))
+    return Problem("leaf of a plant", "pytree", f, guess, theta, newton(warm=2000))

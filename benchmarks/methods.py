@@ -1,0 +1,217 @@
+"""What is compared: our solvers, the textbook's windows, jaxopt and optimistix, in one form."""
+
+import dataclasses
+import logging
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import PyTree
+
+import implicitjax as ij
+
+from .problems import flat, in_reals, lane, Map, Problem, Vector
+
+TARGET = 1e-8  # rtol and atol of every method
+LIMIT = 1000  # steps of a method that extrapolates
+SLOW = 25_000  # of plain iteration, which may be that slow and still converge
+DENSE = 2_000  # unknowns up to which a method may form a Jacobian
+# A library that raises inside a program would print a traceback, too.
+logging.getLogger("jax._src.callback").setLevel(logging.CRITICAL)
+# Compiling is most of what this takes; how well the programs are optimised is not counted.
+QUICK: Any = {
+    "xla_backend_optimization_level": 0,
+    "xla_cpu_use_fusion_emitters": False,
+    "xla_cpu_parallel_codegen_split_count": 1,
+}
+
+
+@dataclasses.dataclass
+class Answer:
+    """What a method made of a problem.
+
+    - `says`: whether it calls itself converged; `x`: what it returned then.
+    - `evaluations`: of the map, until it stopped; `first`: until an iterate was within the
+      tolerance; `None` if none was.
+    - `gradient`: of the functional; `None` if it has none.
+    """
+
+    says: bool
+    x: PyTree
+    evaluations: int
+    first: int | None
+    gradient: PyTree = None
+
+
+class Recorder:
+    """The identity on an iterate, which looks at it on the host: at which evaluation was an
+    iterate first within the tolerance?"""
+
+    def watch(self, problem: Problem) -> None:
+        """Counts anew."""
+        if problem.kind != "none":
+            problem.excess(problem.x_star, TARGET)  # known before a callback asks for it
+        self.problem, self.last, self.count, self.first = problem, np.array(np.nan), 0, None
+
+    def _see(self, x: PyTree) -> PyTree:
+        x = jax.tree.map(np.asarray, x)
+        here = flat(x)
+        if not np.array_equal(here, self.last):  # a Jacobian evaluates where the map was
+            exists = self.problem.kind != "none"
+            if self.first is None and exists and self.problem.excess(x, TARGET) <= 1:
+                self.first = self.count
+            self.last, self.count = here, self.count + 1
+        return x
+
+    def __call__(self, x: PyTree) -> PyTree:
+        @jax.custom_jvp
+        def seen(x: PyTree) -> PyTree:
+            like = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), x)
+            return jax.pure_callback(self._see, like, x, vmap_method="sequential")
+
+        seen.defjvp(lambda x, dx: (seen(*x), dx[0]))
+        return seen(x)
+
+
+# From a map and its guess and parameters to value, verdict, and evaluations if it counts them.
+Solve = Callable[[Callable[[Any, Any], Any], PyTree, PyTree], tuple[PyTree, Any, Any]]
+
+
+def run_library(problem: Problem, solve: Solve, gradient: bool, batched: bool) -> Answer | None:
+    """Lanes are solved one by one, and once more side by side where the method is `batched`; `None`
+    if the library does not take the map."""
+    recorder = Recorder()
+
+    def whole(watched: bool) -> Callable[[PyTree, PyTree], Any]:
+        f = problem.map
+        look = (lambda x, t: f(recorder(x), t)) if watched else f
+
+        def functional(theta: PyTree, x0: PyTree, weights: PyTree) -> tuple[Any, Any]:
+            x, says, count = solve(look, x0, theta)
+            terms = jax.tree.map(lambda w, a: jnp.sum((jnp.conj(w) * a).real), weights, x)
+            return sum(jax.tree.leaves(terms)), (x, says, count)
+
+        both = jax.value_and_grad(functional, has_aux=True)
+        none = lambda theta, *rest: (functional(theta, *rest), None)
+        return both if gradient else none
+
+    def one(p: Problem, program: Any, weights: PyTree) -> Answer:
+        recorder.watch(p)
+        (_, (x, says, count)), slope = jax.block_until_ready(program(p.theta, p.x0, weights))
+        count = recorder.count if count is None else int(np.max(count))
+        return Answer(bool(np.all(says)), x, count, recorder.first, slope)
+
+    program = jax.jit(whole(True), compiler_options=QUICK)
+    try:
+        if not problem.lanes:
+            return one(problem, program, problem.known_weights)
+        lanes = [problem.of_lane(i) for i in range(problem.count)]
+        answers = [one(p, program, lane(problem.known_weights, i)) for i, p in enumerate(lanes)]
+        answer = together(answers)
+        if batched:
+            several = jax.jit(jax.vmap(whole(False)), compiler_options=QUICK)
+            side_by_side = one(problem, several, problem.known_weights)
+            return dataclasses.replace(side_by_side, first=answer.first)
+        return answer
+    except (TypeError, ValueError, NotImplementedError, RuntimeError):
+        return None
+
+
+def together(answers: list[Answer]) -> Answer:
+    """Lanes as one answer: the slowest counts."""
+    stack = lambda trees: jax.tree.map(lambda *a: np.stack(a), *trees)
+    firsts = [a.first for a in answers]
+    return Answer(
+        says=all(a.says for a in answers),
+        x=stack([a.x for a in answers]),
+        evaluations=max(a.evaluations for a in answers),
+        first=None if None in firsts else max(f for f in firsts if f is not None),
+        gradient=None if answers[0].gradient is None else stack([a.gradient for a in answers]),
+    )
+
+
+def ours(solver: ij.AbstractSolver | None, max_steps: int = LIMIT) -> Solve:
+    """One of our solvers; `None` is the default, untouched."""
+    chosen: dict[str, Any] = {} if solver is None else {"solver": solver}
+
+    def solve(f: Any, x0: PyTree, theta: PyTree) -> tuple[PyTree, Any, Any]:
+        solution = ij.implicit_fixed_point(
+            f, x0, theta, rtol=TARGET, atol=TARGET, max_steps=max_steps, on_failure="nan", **chosen
+        )
+        return solution.value, solution.converged, solution.stats.num_evaluations
+
+    return solve
+
+
+def jaxopt_solve(method: Any) -> Solve:
+    """Its tolerance is one number, for the Euclidean norm of the residual."""
+
+    def solve(f: Any, x0: PyTree, theta: PyTree) -> tuple[PyTree, Any, Any]:
+        tol = TARGET * float(np.sqrt(sum(np.size(a) for a in jax.tree.leaves(x0))))
+        value, state = method(fixed_point_fun=f, tol=tol, maxiter=SLOW).run(x0, theta)
+        return value, state.error <= tol, state.num_fun_eval
+
+    return solve
+
+
+def optimistix_solve(optx: Any, method: Any) -> Solve:
+    """With the same tolerances and norm."""
+
+    def solve(f: Any, x0: PyTree, theta: PyTree) -> tuple[PyTree, Any, Any]:
+        solver = method(rtol=TARGET, atol=TARGET, norm=optx.rms_norm)
+        x0 = jax.tree.map(jnp.asarray, x0)
+        s = optx.fixed_point(f, solver, x0, theta, max_steps=SLOW, throw=False)
+        return s.value, s.result == optx.RESULTS.successful, s.stats["num_steps"]
+
+    return solve
+
+
+def textbook_steps(f: Map, x: Vector, memory: int) -> Iterator[tuple[Vector, Vector]]:
+    """Anderson (1965) as Walker and Ni (2011, section 4) have it, in numpy: the last differences,
+    least squares by QR with scaled columns, the oldest dropped until the condition is 1e10. Yields
+    each iterate with its residual, one evaluation each."""
+    last, dX, dR = None, np.zeros((x.size, 0), order="F"), np.zeros((x.size, 0), order="F")
+    while True:
+        r = np.asarray(f(jnp.asarray(x))) - x
+        yield x, r
+        if last is not None:
+            keep = memory - 1
+            dX = np.column_stack([dX[:, dX.shape[1] - min(keep, dX.shape[1]) :], x - last[0]])
+            dR = np.column_stack([dR[:, dR.shape[1] - min(keep, dR.shape[1]) :], r - last[1]])
+        last, step = (x, r), r
+        if dR.shape[1]:
+            lengths = np.linalg.norm(dR, axis=0)
+            if not np.isfinite(lengths).all() or (lengths == 0).any():
+                return
+            Q, R = np.linalg.qr(dR / lengths)
+            while R.shape[1] > 1 and (len(R) < R.shape[1] or np.linalg.cond(R) > 1e10):
+                dX, dR, lengths = dX[:, 1:], dR[:, 1:], lengths[1:]
+                Q, R = np.linalg.qr(dR / lengths)
+            step = r - (dX + dR) @ (np.linalg.solve(R, Q.T @ r) / lengths)
+        x = x + step
+
+
+def textbook(problem: Problem, memory: int) -> Answer:
+    """It stops when the root mean square of the residual is within the tolerance, as textbooks
+    do, which says nothing of the error."""
+    if problem.lanes:
+        lanes = [problem.of_lane(i) for i in range(problem.count)]
+        return together([textbook(p, memory) for p in lanes])
+    f, tree = in_reals(problem.f, problem.x0)
+    first, stopped, evaluations, x = None, None, 0, flat(problem.x0)
+    with np.errstate(all="ignore"):  # of a method that diverges
+        for x, r in textbook_steps(jax.jit(f), flat(problem.x0), memory):
+            if evaluations >= LIMIT or not np.isfinite(r).all():
+                break
+            exists = problem.kind != "none"
+            if first is None and exists and problem.excess(tree(jnp.asarray(x)), TARGET) <= 1:
+                first = evaluations
+            evaluations += 1
+            if stopped is None and np.sqrt(np.mean((r / (TARGET * (1 + np.abs(x)))) ** 2)) <= 1:
+                stopped = evaluations, x
+            if stopped is not None and (first is not None or evaluations > 2 * stopped[0] + 50):
+                break
+    count, x = stopped or (evaluations, x)
+    return Answer(stopped is not None, tree(jnp.asarray(x)), count, first)
