@@ -210,7 +210,7 @@ def physics() -> list[Branches]:
     return [
         Branches("power flow", flow(1.0), volts),
         Branches("power flow, heavy load", flow(5.0), volts),
-        Branches("Bratu, two solutions", lambda u: 2 * (green @ jnp.exp(u)),
+        Branches("Bratu, two solutions", lambda u: 2 * jnp.matmul(green, jnp.exp(u)),
                  lambda rng, k: rng.uniform(-1, 1.7, (k, 1)) * np.sin(np.pi * x)
                  + 0.1 * rng.normal(size=(k, n))),
         Branches("stirred tank", tank, between(0.0, 1.0)),
