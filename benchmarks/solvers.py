@@ -8,6 +8,7 @@ the error, which is harder to meet.
 
 import functools
 import math
+import os
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
@@ -31,6 +32,8 @@ from .methods import (
 from .problems import all_problems, Problem
 from .report import optional, Report
 
+# Names of the methods to run, with commas between; all by default.
+METHODS = os.environ.get("SOLVERS_METHODS", "")
 WINDOWS = (5, 10, 20)
 BOOKS = [f"window {m}" for m in WINDOWS]
 DEFAULT = "default"
@@ -86,7 +89,8 @@ def _methods(jaxopt: Any, optx: Any) -> dict[str, Method]:
         plain = optimistix_solve(optx, optx.FixedPointIteration)
         methods["optx"] = library(plain, True, small=True)
         methods["optx Newton"] = library(optimistix_solve(optx, optx.Newton), False, small=True)
-    return methods
+    only = METHODS.split(",") if METHODS else [*methods]
+    return {name: method for name, method in methods.items() if name == DEFAULT or name in only}
 
 
 def _unknowns(p: Problem) -> int:
