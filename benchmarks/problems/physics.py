@@ -49,7 +49,7 @@ def love(d: float, n: int = 80) -> Problem:
     return Problem(f"Love's condenser, d = {d}", kind, f, np.ones(n), np.asarray(d), newton())
 
 
-def hypernetted_chain(n: int = 120, density: float = 0.5) -> Problem:
+def hypernetted_chain(n: int = 120, density: float = 0.2) -> Problem:
     """The structure of a Lennard-Jones fluid at temperature 1.5, the hypernetted chain in `r gamma`
     (Ng, 1974, whose method is Anderson's)."""
     dr, dk = 0.05, np.pi / (0.05 * (n + 1))
@@ -65,8 +65,8 @@ def hypernetted_chain(n: int = 120, density: float = 0.5) -> Problem:
         gamma_hat = density * c_hat**2 / (1 - density * c_hat)
         return dk / (2 * jnp.pi**2) * jnp.matmul(sines, k * gamma_hat)
 
-    return Problem("hypernetted chain", "expanding", f, np.zeros(n), np.asarray(1 / 1.5),
-                   newton(warm=2000, damping=0.1))  # fmt: skip
+    return Problem("hypernetted chain", "contractive", f, np.zeros(n), np.asarray(1 / 1.5),
+                   newton(warm=300))  # fmt: skip
 
 
 def spin_glass(n: int = 80, beta: float = 0.7) -> Problem:
