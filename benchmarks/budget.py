@@ -257,7 +257,8 @@ def _anderson_step() -> float:
     `V g` of the window's vectors, in one fused loop that reads each vector once and writes the
     sum once. So `4 memory` passes take as long as four combinations.
     """
-    n, solver = 1_000_000, ij.Anderson()
+    n, memory = 1_000_000, 10
+    solver = ij.Anderson(memory=memory)
     f, x0, b = stencil(n, rate=0.99)  # too slow to converge within these steps
     keywords: dict[str, Any] = {
         "solver": solver, "rtol": 1e-6, "atol": 1e-6, "max_steps": STEPS, "on_failure": "return"
@@ -270,13 +271,13 @@ def _anderson_step() -> float:
         return lax.scan(lambda x, _: (f(x, b), None), x0, length=evaluations)[0]
 
     def combine(V: Array, g: Array) -> Array:
-        return functools.reduce(operator.add, (g[i] * V[i] for i in range(solver.memory)))
+        return functools.reduce(operator.add, (g[i] * V[i] for i in range(memory)))
 
-    V = jnp.asarray(np.random.default_rng(0).normal(size=(solver.memory, n)), jnp.float32)
+    V = jnp.asarray(np.random.default_rng(0).normal(size=(memory, n)), jnp.float32)
     clocks = (
         _running(_solve(f, **keywords), x0, b),
         _running(evaluate, x0, b),
-        _running(combine, V, jnp.full(solver.memory, 1 / solver.memory)),
+        _running(combine, V, jnp.full(memory, 1 / memory)),
     )
     in_passes = lambda solve, evaluate, combine: (solve - evaluate) / STEPS / (4 * combine)
     return paired(*clocks, pairs=9, ratio=in_passes)

@@ -191,10 +191,10 @@ def course(J: Product, r: np.ndarray, smallest: float, steps: int, roundoff: flo
     known = Estimate(error, ("" if steps == r.size else "about") if exact else "roughly")
     if error <= 1:
         return Course(known, 0, k)
-    for j in np.unique(np.geomspace(1, k, 60).astype(int)):
+    for j in np.unique(np.geomspace(1, k, 60).astype(int)).tolist():
         yj, rest = _least_squares(H, j, size)
         if np.linalg.norm(y - np.pad(yj, (0, k - j))) <= 1 and rest <= 0.1:
-            return Course(known, int(j), k)
+            return Course(known, j, k)
     return Course(known, None, k)
 
 

@@ -9,7 +9,7 @@ from jax.core import Tracer
 
 from ._solution import Solution
 
-# Okabe and Ito, *Color Universal Design*, 2008, without black and yellow, which is faint on white.
+# Without black, and without yellow, which is faint on white.
 _COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]
 _STYLES = ["-", "--", ":", "-."]
 _MOST = 6  # lines of one solution
@@ -56,6 +56,8 @@ def plot_convergence(
     ['Picard', 'Anderson', 'estimated error']
 
     ```
+
+    Source: for the colours, Okabe and Ito, *Color Universal Design*, 2008.
     """
     if isinstance(solution, Mapping):
         named = dict(solution)

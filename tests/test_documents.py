@@ -16,7 +16,7 @@ BLOCK = re.compile(r"^```python[^\n]*\n(.*?)^```", re.DOTALL | re.MULTILINE)
 
 # What the package hands out and nobody makes: these need no example.
 RECORDS = {"ConvergenceError", "DerivativeError", "Leaf", "LinearSolution", "Result", "Solution"}
-RECORDS |= {"Stats", "Structure"}
+RECORDS |= {"Diagnosis", "Stats", "Structure"}
 # What has no paper behind it: interfaces.
 OWN = {"AbstractLinearSolver", "AbstractSolver"}
 

@@ -10,9 +10,10 @@ from jaxtyping import Bool, Float, Int
 
 from .. import _tree
 from .._check import damping_factor, positive_int
-from .._packing import Packing, whole as whole_leaves
+from .._packing import Packing
 from ._base import AbstractSolver, Iterate, Map
 from ._safeguard import choose, look, Safeguard, unguarded
+from ._scale import length, sizes
 
 # Columns at the most: of up to so many unknowns, and of more.
 _COLUMNS, _LARGE, _FEWER = 20, 10**5, 10
@@ -132,7 +133,7 @@ class Anderson(AbstractSolver):
         columns = [jnp.broadcast_to(zero, (m, *zero.shape)) for zero in zeros]  # sharded alike
         return AndersonState(
             count=jnp.zeros((), jnp.int32),
-            unit=self._sizes(x),
+            unit=sizes(x, self.layout),
             x=zeros,
             r=zeros,
             V=columns,
@@ -148,11 +149,11 @@ class Anderson(AbstractSolver):
     ) -> tuple[Iterate, AndersonState]:
         """`x + d (r - V g) - U g` with `g = V^T r`."""
         started, m = state.count > 0, state.active.shape[0]
-        unit = _tree.where(started, state.unit, self._sizes(_tree.stop_gradient(fx)))
+        unit = _tree.where(started, state.unit, sizes(fx, self.layout))
         scale = [ui.astype(xi.dtype) for xi, ui in zip(x, unit, strict=True)]
         scaled = lambda v: [vi / si for vi, si in zip(v, scale, strict=True)]
         raw = _tree.sub(fx, x)
-        residual = _root(_tree.dot(scaled(raw), scaled(raw)))  # NaN or infinite where the value is
+        residual = length(scaled(raw))  # NaN or infinite where the value is
         guard, back, stalled = look(state.guard, residual, _PATIENCE + m // 2)
         dr, dx = scaled(_tree.sub(raw, state.r)), scaled(_tree.sub(x, state.x))
         x, raw = _tree.where(back, (state.x, state.r), (x, raw))
@@ -160,13 +161,13 @@ class Anderson(AbstractSolver):
 
         # What the window has of the last difference and of r, but for the slot that is due.
         V, U, S = state.V, state.U, state.S
+        slot = lax.rem(state.count + (m - 1), jnp.int32(m))
         if S is not None:
-            slot = lax.rem(state.count + (m - 1), jnp.int32(m))
             V, U, S = _turn(V, U, S, slot)
         a, b = _tree.dot(V, dr), _tree.dot(V, r)
         if S is None:
             coupled = lax.select(state.active, jnp.abs(a), jnp.full_like(a, -1))
-            slot = lax.argmin(coupled, 0, "int32")
+            slot = lax.argmin(coupled, 0, jnp.int32)
         here = lax.iota(jnp.int32, m) == slot
         others, zeros = state.active & ~here, jnp.zeros_like(a)
         whole = _tree.dot(dr, dr)
@@ -182,9 +183,9 @@ class Anderson(AbstractSolver):
 
         # The new column: what of the difference is new.
         v, u = _tree.sub(dr, V_h), _tree.sub(dx, U_h)
-        length = _root(_tree.dot(v, v))
-        usable = started & (length > 0) & (length < jnp.inf)  # not of a value that is not finite
-        shorten, nothing = 1 / _or_one(length), [jnp.zeros_like(vi) for vi in v]
+        size, nothing = length(v), [jnp.zeros_like(vi) for vi in v]
+        usable = started & (size > 0) & (size < jnp.inf)  # not of a value that is not finite
+        shorten = 1 / lax.select(usable, size, jnp.ones_like(size))
         v, u = _tree.where(usable, (_times(shorten, v), _times(shorten, u)), (nothing, nothing))
         g = _tree.dot(v, r)
         active = (here & usable) | others
@@ -192,10 +193,13 @@ class Anderson(AbstractSolver):
         # The step: what the window leaves of the residual, and what it takes away.
         rest = _tree.axpy(-g, v, _tree.sub(r, V_g))
         away = _tree.axpy(g, u, U_g)
-        d = jnp.asarray(self.damping).astype(length.dtype) * guard.fraction
+        d = jnp.asarray(self.damping).astype(size.dtype) * guard.fraction
         step = _tree.sub(_times(d, rest), away)
         guard, plain = choose(guard, _tree.dot(step, r) <= 0, ~jnp.any(active))
-        left = None if state.left is None else _left(rest, jnp.any(others) & ~(back | plain))
+        known = jnp.any(others) & ~(back | plain)
+        left = (
+            None if S is not None else lax.select(known, length(rest), jnp.full_like(size, jnp.inf))
+        )
         step = _tree.where(plain, _times(d, r), step)
         ends = ~finite & (guard.fraction < _GIVES_UP)
         out = [
@@ -219,12 +223,6 @@ class Anderson(AbstractSolver):
             guard=guard,
         )
 
-    def _sizes(self, x: Iterate) -> list[Array]:
-        """The scale of each leaf, the mean of its magnitude."""
-        layout = whole_leaves(x) if self.layout is None else self.layout
-        sizes = layout.spread_means(list(map(jnp.abs, x)))
-        return [lax.select(size > 0, size, jnp.ones_like(size)) for size in sizes]
-
 
 def _turn(
     V: Iterate, U: Iterate, S: Float[Array, "m m"], slot: Int[Array, ""]
@@ -236,7 +234,7 @@ def _turn(
     """
     here = (lax.iota(jnp.int32, S.shape[0]) == slot).astype(S.dtype)
     row = here @ S
-    row = row / _or_one(_root(row @ row))
+    row = row / jnp.maximum(length([row]), float(jnp.finfo(row.dtype).tiny))
     h = row + jnp.where(here @ row > 0, here, -here)
     weights = jnp.outer(h, h) * (2 / (h @ h))
     turned = lambda columns: [
@@ -258,24 +256,7 @@ def _record(
     return S + jnp.outer(column, here.astype(S.dtype))
 
 
-def _left(rest: Iterate, known: Bool[Array, ""]) -> Float[Array, ""]:
-    """The length of what the window leaves of the residual, infinite where it holds too little."""
-    left = _root(_tree.dot(rest, rest))
-    return lax.select(known, left, jnp.full_like(left, jnp.inf))
-
-
 def _times(factor: Float[Array, ""], x: Iterate) -> Iterate:
     """In wide precision, since the factor may not fit a narrow one."""
     wide = [_tree.widen(xi, factor.dtype) for xi in x]
     return [(wi * factor.astype(wi.dtype)).astype(xi.dtype) for wi, xi in zip(wide, x, strict=True)]
-
-
-def _root(squared: Float[Array, ""]) -> Float[Array, ""]:
-    """The square root, with the derivative 0 at 0, for those who differentiate the iterations."""
-    zero = squared == 0
-    root = jnp.sqrt(lax.select(zero, jnp.ones_like(squared), squared))
-    return lax.select(zero, squared, root)
-
-
-def _or_one(x: Float[Array, ""]) -> Float[Array, ""]:
-    return lax.select(x == 0, jnp.ones_like(x), x)

@@ -51,10 +51,8 @@ class Broyden(AbstractSolver):
 
         G <- G + (s - G y) s^T G / (s^T G y)
 
-    (Broyden, *Mathematics of Computation* 19, 1965, by Sherman and Morrison's formula; Kelley,
-    *Iterative Methods for Linear and Nonlinear Equations*, 1995, section 7.3, and *Solving
-    Nonlinear Equations with Newton's Method*, 2003, chapter 4). The updates are kept as pairs of
-    vectors; after `memory` of them the method starts anew with `d I`, as Kelley's `brsol` does.
+    by Sherman and Morrison's formula. The updates are kept as pairs of vectors; after `memory` of
+    them the method starts anew with `d I`, as Kelley's `brsol` does.
 
     Departures: where `|s^T G y| < |s|^2 / 10` the update is shortened until it is not, so
     that `G` stays regular (Moré and Trangenstein, *Mathematics of Computation* 30, 1976). Where the
@@ -67,9 +65,15 @@ class Broyden(AbstractSolver):
     an affine map it ends in `2 n` steps where the memory holds them (Gay, 1979); it solves maps
     that do not contract.
 
+    **Arguments**
+
     - `memory`: updates kept, at most.
     - `damping`: `d`, above 0 and at most 1.
     - `layout`: which entries are of one leaf; set by the loop.
+
+    **Raises**
+
+    `ValueError` for a memory below 1 or a damping outside of that.
 
     ```python
     >>> import jax.numpy as jnp, implicitjax as ij
@@ -79,6 +83,10 @@ class Broyden(AbstractSolver):
     [-0.25, -2.0]
 
     ```
+
+    Source: Broyden, *Mathematics of Computation* 19, 1965; Kelley, *Iterative Methods for Linear
+    and Nonlinear Equations*, 1995, section 7.3, and *Solving Nonlinear Equations with Newton's
+    Method*, 2003, chapter 4.
     """
 
     takes_back: ClassVar[bool] = True
@@ -129,7 +137,11 @@ class Broyden(AbstractSolver):
         damping = jnp.asarray(self.damping).astype(state.part.dtype)
         d = state.part * damping
         known = (lax.iota(jnp.int32, m) < state.count)[:, None]
-        inside = lambda columns, rows: jnp.where(known, _tree.inner_columns(columns, rows), 0)
+
+        def inside(columns: Iterate, rows: list[Iterate]) -> Float[Array, "m k"]:
+            products = jnp.stack([_tree.dot(columns, row) for row in rows], axis=1)
+            return jnp.where(known, products, 0)
+
         Uy, Ur = _tree.combine_columns(state.U, inside(state.V, [y, r]))
         (Vs,) = _tree.combine_columns(state.V, inside(state.U, [s]))
         Gy, Gr, v = combine((d, y), (1, Uy)), combine((d, r), (1, Ur)), combine((d, s), (1, Vs))

@@ -29,10 +29,10 @@ def in_units(v: Sequence[Array], unit: Sequence[Array]) -> list[Array]:
 
 def length(v: Sequence[Array]) -> Float[Array, ""]:
     """`|v|`, with the derivative 0 at 0, for those who differentiate the iterations."""
-    ((squared,),) = _tree.inner_rows([v], [v])
-    positive = ~(squared <= 0)  # NaN too
-    root = jnp.sqrt(lax.select(positive, squared, jnp.ones_like(squared)))
-    return lax.select(positive, root, jnp.zeros_like(squared))
+    squared = _tree.dot(v, v)
+    zero = squared == 0
+    root = jnp.sqrt(lax.select(zero, jnp.ones_like(squared), squared))
+    return lax.select(zero, squared, root)
 
 
 def safe_ratio(a: Array, b: Array, otherwise: float) -> Array:

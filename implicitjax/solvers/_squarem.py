@@ -41,7 +41,6 @@ class Squarem(AbstractSolver):
 
         x <- x - 2 a r + a^2 v
 
-    (Varadhan and Roland, *Scandinavian Journal of Statistics* 35, 2008, scheme S3).
     It damps the error by `(1 - |a| (1 - q))^2` along a mode of the rate `q`, so that it is made for
     maps that contract slowly and without alternating, as those of expectation-maximisation do.
 
@@ -53,6 +52,8 @@ class Squarem(AbstractSolver):
     Keeps three vectors, the iterate among them, and costs two evaluations a cycle, one more where
     the point is given up. Where the map does not contract take `Anderson` or `Broyden`.
 
+    **Arguments**
+
     - `layout`: which entries are of one leaf; set by the loop.
 
     ```python
@@ -63,6 +64,8 @@ class Squarem(AbstractSolver):
     [100, 10, 2]
 
     ```
+
+    Source: Varadhan and Roland, *Scandinavian Journal of Statistics* 35, 2008, scheme S3.
     """
 
     takes_back: ClassVar[bool] = True
