@@ -116,17 +116,16 @@ def explicitly_sharded(x: Array | jax.ShapeDtypeStruct) -> bool:
     return any(axis is not None for axis in jax.typeof(x).sharding.spec)
 
 
-def combine_columns(columns: PyTree, weights: Float[Array, "m k"]) -> list[PyTree]:
-    """`sum_i weights_ij column_i` for every `j`, every leaf in its own dtype."""
+def combine_columns(columns: PyTree, weights: Float[Array, " m"]) -> PyTree:
+    """`sum_i weights_i column_i`, every leaf in its own dtype."""
 
-    def leaf(ci: Array) -> list[Array]:
+    def leaf(ci: Array) -> Array:
         wide = widen(ci, weights.dtype)
         dims = (((0,), (0,)), ((), ()))
         combined = lax.dot_general(weights.astype(wide.dtype), wide, dims, precision="highest")
-        return list(combined.astype(ci.dtype))
+        return combined.astype(ci.dtype)
 
-    leaves, treedef = jax.tree.flatten(columns)
-    return [treedef.unflatten(c) for c in zip(*map(leaf, leaves), strict=True)]
+    return jax.tree.map(leaf, columns)
 
 
 def size(tree: PyTree) -> int:

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
@@ -54,7 +55,7 @@ class Tolerances(NamedTuple):
             atols = [jnp.maximum(jnp.asarray(self.atol).astype(d), _tiny(d)) for d in wide]
         asked = [a + r * s for a, r, s in zip(atols, rtols, sizes, strict=True)]
         roundoff = [
-            _constant(e, d) * jnp.minimum(s, v)
+            _constant(e, d) * jax.lax.select(v < s, v, s)  # of a value that is NaN, by the iterate
             for e, s, v, d in zip(epsilons, sizes, values, wide, strict=True)
         ]
         return Units(asked, roundoff)

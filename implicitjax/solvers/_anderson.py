@@ -21,8 +21,8 @@ _COLUMNS, _LARGE, _FEWER = 20, 10**5, 10
 # or less, where the residual is so many times what the window left of the one before, and after
 # a stall: so many steps, and half the columns, without a lesser residual.
 _NEW, _MISLED, _PATIENCE = 1e-6, 3.0, 10
-# Below the first of these parts of a step the window is emptied, below the second the solve gives
-# up where the map is not finite.
+# Below the first of these parts of the residual the window is emptied, below the second of a step
+# the solve gives up.
 _SHORT, _GIVES_UP = 2.0**-6, 2.0**-30
 
 
@@ -154,7 +154,8 @@ class Anderson(AbstractSolver):
         scaled = lambda v: [vi / si for vi, si in zip(v, scale, strict=True)]
         raw = _tree.sub(fx, x)
         residual = length(scaled(raw))  # NaN or infinite where the value is
-        guard, back, stalled = look(state.guard, residual, _PATIENCE + m // 2)
+        finite = residual < jnp.inf
+        guard, back, stalled = look(state.guard, residual, finite, _PATIENCE + m // 2)
         dr, dx = scaled(_tree.sub(raw, state.r)), scaled(_tree.sub(x, state.x))
         x, raw = _tree.where(back, (state.x, state.r), (x, raw))
         r = scaled(raw)
@@ -168,26 +169,27 @@ class Anderson(AbstractSolver):
         if S is None:
             coupled = lax.select(state.active, jnp.abs(a), jnp.full_like(a, -1))
             slot = lax.argmin(coupled, 0, jnp.int32)
-        here = lax.iota(jnp.int32, m) == slot
-        others, zeros = state.active & ~here, jnp.zeros_like(a)
-        whole = _tree.dot(dr, dr)
-        finite = whole < jnp.inf
-        new = whole - jnp.sum(jnp.square(lax.select(others, a, zeros)))
-        empty = stalled | (back & (guard.fraction < _SHORT)) | ~(new > _NEW * whole)
+        here, zeros = lax.iota(jnp.int32, m) == slot, jnp.zeros_like(a)
+        others = state.active & ~here
+        whole, a = _tree.dot(dr, dr), lax.select(others, a, zeros)
+        empty = stalled | (back & (guard.fraction < _SHORT))
+        empty = empty | ~(whole - jnp.sum(jnp.square(a)) > _NEW * whole)
         if state.left is not None:
             empty = empty | (residual > _MISLED * state.left)
-        others = others & ~empty
-        a, b = lax.select(others, a, zeros), lax.select(others, b, zeros)
-        V_h, V_g = _tree.combine_columns(V, jnp.stack([a, b], axis=1))
-        U_h, U_g = _tree.combine_columns(U, jnp.stack([a, b], axis=1))
+        # A value that is not finite teaches nothing: the column in the slot stays.
+        others = lax.select(finite, others & ~empty, state.active)
+        a = lax.select(finite, lax.select(others, a, zeros), here.astype(a.dtype))
+        b = lax.select(others, b, zeros)
+        V_h, U_h, V_g, U_g = (_tree.combine_columns(C, w) for w in (a, b) for C in (V, U))
 
         # The new column: what of the difference is new.
-        v, u = _tree.sub(dr, V_h), _tree.sub(dx, U_h)
+        v, u = _tree.where(finite, (_tree.sub(dr, V_h), _tree.sub(dx, U_h)), (V_h, U_h))
         size, nothing = length(v), [jnp.zeros_like(vi) for vi in v]
-        usable = started & (size > 0) & (size < jnp.inf)  # not of a value that is not finite
-        shorten = 1 / lax.select(usable, size, jnp.ones_like(size))
-        v, u = _tree.where(usable, (_times(shorten, v), _times(shorten, u)), (nothing, nothing))
-        g = _tree.dot(v, r)
+        some = (size > 0) & (size < jnp.inf)
+        shorten = 1 / lax.select(some, size, jnp.ones_like(size))
+        v, u = _tree.where(some, (_times(shorten, v), _times(shorten, u)), (nothing, nothing))
+        usable = some & finite & started
+        g = lax.select(usable, _tree.dot(v, r), jnp.zeros_like(size))
         active = (here & usable) | others
 
         # The step: what the window leaves of the residual, and what it takes away.
@@ -200,8 +202,8 @@ class Anderson(AbstractSolver):
         left = (
             None if S is not None else lax.select(known, length(rest), jnp.full_like(size, jnp.inf))
         )
-        step = _tree.where(plain, _times(d, r), step)
-        ends = ~finite & (guard.fraction < _GIVES_UP)
+        step = _times(guard.short, _tree.where(plain, _times(d, r), step))
+        ends = guard.short < _GIVES_UP
         out = [
             lax.select(ends, jnp.full_like(xi, jnp.nan), xi + si * di)
             for xi, si, di in zip(x, scale, step, strict=True)
@@ -217,7 +219,7 @@ class Anderson(AbstractSolver):
             r=raw,
             V=put(V, v),
             U=put(U, u),
-            S=None if S is None else _record(S, a, shorten, here, others),
+            S=None if S is None else lax.select(finite, _record(S, a, shorten, here, others), S),
             active=active,
             left=left,
             guard=guard,

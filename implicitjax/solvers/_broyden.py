@@ -136,14 +136,17 @@ class Broyden(AbstractSolver):
         s, y = ([safe_ratio(vi, size, 0.0) for vi in v] for v in (s, y))
         damping = jnp.asarray(self.damping).astype(state.part.dtype)
         d = state.part * damping
-        known = (lax.iota(jnp.int32, m) < state.count)[:, None]
+        known, none = lax.iota(jnp.int32, m) < state.count, jnp.zeros((m,), state.part.dtype)
 
-        def inside(columns: Iterate, rows: list[Iterate]) -> Float[Array, "m k"]:
-            products = jnp.stack([_tree.dot(columns, row) for row in rows], axis=1)
-            return jnp.where(known, products, 0)
+        def apply(columns: Iterate, rows: Iterate, v: Iterate) -> Iterate:
+            """`sum_i column_i <row_i, v>` over the updates that are known."""
+            return _tree.combine_columns(columns, lax.select(known, _tree.dot(rows, v), none))
 
-        Uy, Ur = _tree.combine_columns(state.U, inside(state.V, [y, r]))
-        (Vs,) = _tree.combine_columns(state.V, inside(state.U, [s]))
+        Uy, Ur, Vs = (
+            apply(state.U, state.V, y),
+            apply(state.U, state.V, r),
+            apply(state.V, state.U, s),
+        )
         Gy, Gr, v = combine((d, y), (1, Uy)), combine((d, r), (1, Ur)), combine((d, s), (1, Vs))
 
         # The update u v^T.

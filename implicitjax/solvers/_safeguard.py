@@ -18,7 +18,8 @@ class Safeguard(eqx.Module):
     """What decides on the next step.
 
     - `best`, `since`: the least residual since the last stall, and the steps without a lesser one.
-    - `fraction`: the part of the residual by which a step may go, halved by each step back.
+    - `fraction`: the part of the residual that a step goes, halved by each step back.
+    - `short`: the part of a step that is taken, halved where a value is not finite.
     - `plain`: how many plain steps in a row led here.
     - `free`: for how many steps an extrapolation may go against the residual.
     """
@@ -26,18 +27,19 @@ class Safeguard(eqx.Module):
     best: Float[Array, ""]
     since: Int[Array, ""]
     fraction: Float[Array, ""]
+    short: Float[Array, ""]
     plain: Int[Array, ""]
     free: Int[Array, ""]
 
 
 def unguarded(dtype: jnp.dtype) -> Safeguard:
     """Before the first step."""
-    none = jnp.zeros((), jnp.int32)
-    return Safeguard(jnp.full((), jnp.inf, dtype), none, jnp.ones((), dtype), none, none)
+    none, one = jnp.zeros((), jnp.int32), jnp.ones((), dtype)
+    return Safeguard(jnp.full((), jnp.inf, dtype), none, one, one, none, none)
 
 
 def look(
-    guard: Safeguard, residual: Float[Array, ""], patience: int
+    guard: Safeguard, residual: Float[Array, ""], finite: Bool[Array, ""], patience: int
 ) -> tuple[Safeguard, Bool[Array, ""], Bool[Array, ""]]:
     """Whether the last step is taken back, and whether the solve has stalled.
 
@@ -49,13 +51,15 @@ def look(
     since = lax.select(better, _NONE, guard.since + _ONE)
     stalled = (since >= np.int32(patience)) & ~back
     half, one, two = (np.asarray(c, residual.dtype) for c in (0.5, 1, 2))
-    fraction = guard.fraction * lax.select(back, half, lax.select(better, two, one))
+    fraction = guard.fraction * lax.select(back & finite, half, lax.select(better, two, one))
+    short = guard.short * lax.select(finite, two, half)
     led_away = back & (guard.plain > _NONE)
     return (
         Safeguard(
             best=lax.select(better | stalled, residual, guard.best),
             since=lax.select(stalled, _NONE, since),
             fraction=jnp.minimum(fraction, one),
+            short=jnp.minimum(short, one),
             plain=guard.plain,
             free=lax.select(led_away, _FREE, jnp.maximum(guard.free - _ONE, _NONE)),
         ),
@@ -79,6 +83,7 @@ def choose(
         best=guard.best,
         since=guard.since,
         fraction=guard.fraction,
+        short=guard.short,
         plain=row,
         free=lax.select(row >= _PLAIN, _FREE, guard.free),
     ), plain

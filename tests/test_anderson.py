@@ -1,0 +1,152 @@
+"""Anderson's method: as few evaluations as GMRES, steps taken back, the solution that is meant."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import implicitjax as ij
+
+
+def affine(eigenvalues, seed=0, symmetric=False):
+    """`x = M x + b` with random eigenvectors, and the solution."""
+    rng = np.random.default_rng(seed)
+    S = rng.normal(size=(len(eigenvalues),) * 2)
+    S = np.linalg.qr(S)[0] if symmetric else S
+    M, b = S @ np.diag(eigenvalues) @ np.linalg.inv(S), rng.normal(size=len(S))
+    matrix, vector = jnp.asarray(M), jnp.asarray(b)
+    return (lambda x: matrix @ x + vector), M, b, np.linalg.solve(np.eye(len(M)) - M, b)
+
+
+def gmres_products(M, b, tolerance):
+    """How many products GMRES with full memory takes until its error is within the tolerance."""
+    A, x_star = np.eye(len(M)) - M, np.linalg.solve(np.eye(len(M)) - M, b)
+    basis = [b / np.linalg.norm(b)]
+    for k in range(1, len(b) + 1):
+        K = np.stack(basis, axis=1)
+        x = K @ np.linalg.lstsq(A @ K, b, rcond=None)[0]
+        if np.linalg.norm(x - x_star) <= tolerance * np.linalg.norm(x_star):
+            return k
+        w = A @ basis[-1]
+        for _ in range(2):
+            w = w - K @ (K.T @ w)
+        basis.append(w / np.linalg.norm(w))
+    return len(b)
+
+
+EXPANDING = {
+    "some": [5, -3, 1.5, -9],
+    "many": [2, -2, 4, -5, 7, -9, 12, -15, 18, -22, 26, -30],
+    "roots": [3, 3.5, 4, 4.5, 5],
+}
+
+
+@pytest.mark.parametrize("spectrum", EXPANDING)
+def test_a_map_that_expands_takes_one_evaluation_a_direction(spectrum):
+    # The residual grows up to a hundredfold on the way; what such a step shows is not lost.
+    f, _, _, x_star = affine(EXPANDING[spectrum])
+    solution = ij.implicit_fixed_point(f, jnp.zeros(len(x_star)), rtol=1e-8)
+    np.testing.assert_allclose(solution.value, x_star, rtol=1e-7)
+    assert solution.stats.num_evaluations <= len(x_star) + 4
+
+
+@pytest.mark.parametrize("radius", [0.99, 0.999])
+def test_a_full_window_loses_little_on_a_symmetric_map(radius):
+    f, M, b, x_star = affine(np.linspace(-radius, radius, 100), symmetric=True)
+    solution = ij.implicit_fixed_point(f, jnp.zeros(100), rtol=1e-8)
+    np.testing.assert_allclose(solution.value, x_star, rtol=1e-5, atol=1e-6)
+    assert int(solution.stats.num_evaluations) <= 1.2 * gmres_products(M, b, 1e-8)
+
+
+def test_kinks_do_not_stay_in_the_window():
+    # Nonnegative least squares by projected gradients; the solution by its active set.
+    rng = np.random.default_rng(3)
+    A, d = rng.normal(size=(60, 40)), rng.normal(size=60)
+    step = 1 / np.linalg.norm(A, 2) ** 2
+    x_star = np.maximum(np.linalg.lstsq(A, d, rcond=None)[0], 0)
+    for _ in range(20_000):
+        x_star = np.maximum(x_star - step * A.T @ (A @ x_star - d), 0)
+    gram, rhs = jnp.asarray(step * A.T @ A), jnp.asarray(step * A.T @ d)
+    f = lambda x: jnp.maximum(x - gram @ x + rhs, 0)
+    solution = ij.implicit_fixed_point(f, jnp.ones(40), rtol=1e-8, atol=1e-8)
+    np.testing.assert_allclose(solution.value, x_star, atol=1e-7)
+    assert solution.stats.num_evaluations <= 100  # 124 where old directions stay
+
+
+def plain(f, x, steps=20_000):
+    """Where plain iteration ends."""
+    return jax.jit(lambda x: jax.lax.fori_loop(0, steps, lambda _, x: f(x), x))(x)
+
+
+COUPLING = 0.05 * np.cos(np.outer(np.arange(6), np.arange(6)) + 1)
+SEVERAL = {
+    "quadratic": (lambda x: x**2 + 0.2, [0.7], [-0.7]),
+    "double wells": (
+        lambda x: x - 0.1 * (x**3 - x + (COUPLING + COUPLING.T) @ x),
+        [0.3, -0.2, 0.15, -0.3, 0.25, 0.1],
+        [-0.5, 0.4, 0.7, 0.4, -0.6, -0.5],
+    ),
+    "a magnet": (lambda x: jnp.tanh(1.3 * x + 0.02), [-0.12], [0.05]),
+    "logistic growth": (lambda x: 1.8 * x * (1 - x), [0.05], [0.9]),
+    "Bratu": (
+        lambda u: 2.5 * jnp.exp(u) @ jnp.asarray(
+            np.linalg.inv((2 * np.eye(8) - np.eye(8, k=1) - np.eye(8, k=-1)) * 81)
+        ),
+        1.5 * np.sin(np.pi * np.arange(1, 9) / 9),
+        np.zeros(8),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SEVERAL)
+def test_it_ends_where_plain_iteration_ends(name):
+    f, *guesses = SEVERAL[name]
+    x0 = jnp.asarray(guesses)
+    meant = plain(jax.vmap(f), x0)
+    found = jax.vmap(lambda x: ij.implicit_fixed_point(f, x, on_failure="nan").value)(x0)
+    np.testing.assert_allclose(found, meant, rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float64, jnp.float32])
+def test_a_value_that_is_not_finite_is_taken_back(dtype):
+    # Plain and extrapolated steps leave the domain of the logarithm; the root is e^c.
+    c = jnp.asarray([0.0, 1.0, -2.0], dtype)
+    f = lambda x: x - 3 * (jnp.log(x) - c)
+    x0 = jnp.full((3,), 4, dtype)
+    found = ij.implicit_fixed_point(f, x0)
+    assert not bool(jnp.isfinite(f(f(x0))).all())
+    np.testing.assert_allclose(found.value, np.exp(c), rtol=1e-4 if dtype == jnp.float32 else 1e-9)
+
+    def total(c):
+        f = lambda x: x - 3 * (jnp.log(x) - c)
+        return ij.implicit_fixed_point(f, x0).value.sum()
+
+    np.testing.assert_allclose(jax.grad(total)(c), np.exp(c), rtol=1e-3)
+
+
+def test_in_a_batch_each_lane_takes_its_own_steps_back():
+    starts = jnp.asarray([0.5, 4.0, 30.0])
+    solve = lambda x: ij.implicit_fixed_point(lambda x: x - 3 * jnp.log(x), x, on_failure="nan")
+    np.testing.assert_allclose(jax.vmap(solve)(starts).value, 1.0, rtol=1e-9)
+
+
+@pytest.mark.parametrize(
+    "f, x0",
+    [
+        (lambda x: jnp.where(x == 2.0, 3.0, jnp.nan), 2.0),
+        (lambda x: jnp.sqrt(x - 2.0) + 2.0 - 1e-3, 2.0),
+        (lambda x: jnp.log(x), -1.0),
+    ],
+    ids=["nowhere else", "no step is short enough", "the guess"],
+)
+def test_where_no_step_back_helps_it_is_refused(f, x0):
+    with pytest.raises(ij.ConvergenceError, match="NaN or infinity"):
+        ij.implicit_fixed_point(f, x0)
+
+
+def test_the_memory_follows_the_size_of_the_unknown():
+    def columns(n, **keywords):
+        return ij.Anderson(**keywords).init([jnp.zeros(n)]).active.size
+
+    assert [columns(n) for n in (1, 7, 20, 21, 100_000, 100_001)] == [1, 7, 20, 20, 20, 10]
+    assert [columns(n, memory=5) for n in (3, 50, 200_000)] == [3, 5, 5]
