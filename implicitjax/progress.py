@@ -82,7 +82,7 @@ def _hear(numbers: Any, error: Any) -> np.ndarray:
         close(_STALE)
         key = next(_numbers)
         _bars[key] = _Bar()
-    wait = _bars[key].show(int(steps.max()), float(np.max(error)), state)
+    wait = _bars[key].show(int(steps.max()), float(np.max(error)), np.asarray(state))
     numbers[..., 1] = step.max() + wait
     numbers[..., 0] = key
     if np.all(state != GOES_ON):
@@ -134,5 +134,5 @@ class _Bar:
     def _done(self, error: float) -> float:
         """The share of the way, in digits."""
         if not math.isfinite(error):
-            return self.bar.n
+            return float(self.bar.n)
         return 1.0 if error <= 1 else 1 - math.log(error) / math.log(self.largest)

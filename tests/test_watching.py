@@ -374,7 +374,7 @@ def test_what_failed_is_marked_and_what_is_not_known_is_not():
     ij.plot_convergence(zeros, axes()).figure.canvas.draw()
 
 
-def test_a_picture_of_what_has_none_is_refused(monkeypatch):
+def test_a_picture_of_what_has_none_is_refused(monkeypatch, unchecked):
     with pytest.raises(ValueError, match="history=True"):
         ij.plot_convergence(solve(halve, 0.0), axes())
     with pytest.raises(ValueError, match="return the solution from `jit`"):
