@@ -2,6 +2,8 @@
 
 import dataclasses
 import operator
+import sys
+import types
 from collections.abc import Callable, Hashable
 from typing import Any
 
@@ -21,8 +23,10 @@ from ._trace._key import program_key
 from .linear._base import scaled_solve
 from .linear._transposable import OnFailure
 from .solvers._base import AbstractSolver
+from .solvers._optimistix import as_solver, Optimistix
 
-_PACKAGE = __name__.split(".")[0]
+# What a method of these does is told by its fields.
+_PACKAGES = (__name__.split(".")[0], "optimistix", "lineax")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -90,10 +94,7 @@ def configure(
     hold: bool = False,
 ) -> tuple[Configuration, list]:
     """The configuration, and the arrays in solver and adjoint, which are inputs."""
-    if not isinstance(solver, AbstractSolver):
-        raise TypeError(
-            f"solver must be one such as Anderson(), Newton() or Picard(), got {solver!r}."
-        )
+    solver = as_solver(solver)
     if not isinstance(adjoint, (ImplicitAdjoint, UnrolledAdjoint)):
         raise TypeError(f"adjoint must be ImplicitAdjoint() or UnrolledAdjoint(), got {adjoint!r}.")
     if not callable(norm):
@@ -107,12 +108,30 @@ def configure(
     if on_failure not in ("raise", "nan", "return"):
         raise ValueError(f'on_failure must be "raise", "nan" or "return", got {on_failure!r}.')
     leaves, methods = jax.tree.flatten((solver, adjoint))
+    if isinstance(solver, Optimistix):
+        _refuse_watched(adjoint, early_stop, history, progress)
     early = bool(early_stop) and not isinstance(adjoint, UnrolledAdjoint)
     best = on_failure == "return"
     settings = Settings(_steps(max_steps), norm, early, best, bool(history), progress)
     statics = tuple(None if is_array(leaf) else Static(leaf) for leaf in leaves)
     configuration = Configuration(methods, statics, settings, on_failure, hold)
     return configuration, [leaf for leaf in leaves if is_array(leaf)]
+
+
+def _refuse_watched(adjoint: Any, early_stop: Any, history: Any, progress: Any) -> None:
+    """The steps of a solver of optimistix are its own: nobody sees them."""
+    unrolled = isinstance(adjoint, UnrolledAdjoint)
+    asked = {
+        "adjoint=UnrolledAdjoint()": unrolled,
+        "early_stop=False": not early_stop,
+        "history=True": history,
+        "progress": progress is not None,
+    }
+    for keyword in (k for k, given in asked.items() if given):
+        raise ValueError(
+            f"{keyword} needs one of our own solvers, such as Anderson() or Newton(): one of "
+            "optimistix takes its steps by itself."
+        )
 
 
 def _steps(max_steps: Any) -> int:
@@ -125,15 +144,27 @@ def _steps(max_steps: Any) -> int:
 
 
 def _is_ours(method: Any) -> bool:
-    """Whether a method is of this package, and holds nothing but arrays, numbers and strings."""
+    """Whether a method is of this package or of a neighbour, and holds nothing but arrays, numbers,
+    strings, and functions of theirs.
+    """
 
     def of_package(tree: Any) -> bool:
         kind = (tree.node_data() or (type(None),))[0]
-        ours = kind is type(None) or kind.__module__.split(".")[0] == _PACKAGE
+        ours = kind is type(None) or _of_package(kind)
         return ours and all(map(of_package, tree.children()))
 
+    def plain(leaf: Any) -> bool:
+        if isinstance(leaf, types.FunctionType):
+            home = sys.modules.get(leaf.__module__) if _of_package(leaf) else None
+            return getattr(home, leaf.__name__, None) is leaf  # so it holds nothing of the user's
+        return is_array(leaf) or type(leaf) in (bool, int, float, str)
+
     leaves, tree = jax.tree.flatten(method)
-    return of_package(tree) and all(is_array(x) or type(x) in (int, float, str) for x in leaves)
+    return of_package(tree) and all(map(plain, leaves))
+
+
+def _of_package(thing: Any) -> bool:
+    return thing.__module__.split(".")[0] in _PACKAGES
 
 
 def _fields(method: Any) -> Hashable:
@@ -192,6 +223,8 @@ def _trace_norm(like: _Like) -> Hashable:
 
 def _trace_solver(like: _Like) -> Hashable:
     """Of the first state, of a step from any state, and what the loop asks of the solver."""
+    if isinstance(like.rebuild(like.inputs[1])[0], Optimistix):
+        return Identity(object())  # the rules within are made anew: no two traces are the same
     asked = []
 
     def init(x: list, packed: Packing, solver: AbstractSolver, _: Any) -> Any:

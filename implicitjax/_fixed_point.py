@@ -31,7 +31,7 @@ def implicit_fixed_point(
     f: Callable[..., Any],
     x0: PyTree,
     *args: Any,
-    solver: AbstractSolver = _ANDERSON,
+    solver: AbstractSolver | Any = _ANDERSON,
     adjoint: AbstractAdjoint = _IMPLICIT,
     rtol: Any = None,
     atol: Any = None,
@@ -63,7 +63,14 @@ def implicit_fixed_point(
       the unknown; Python floats become arrays of the dtype that `f` returns. Leaves that `f`
       returns as they are, or writes without reading them, may be of any kind.
     - `args`: further arguments of `f`, pytrees of anything.
-    - `solver`: how to iterate, `Anderson()` by default.
+    - `solver`: how to iterate, `Anderson()` by default; one of ours, or of optimistix. The latter
+      gets `f` if it is a fixed-point solver, `f(x) - x` if it is a root finder or for least
+      squares, and `|f(x) - x|^2 / 2` if it is a minimiser, as a function of real vectors. Its
+      answer is the guess of a loop that measures the error and takes away what is left of it.
+      If residual and error are beyond its own tolerance and beyond `rtol` and `atol`, the
+      answer is refused. `max_steps` bounds its steps and then those of the loop; the `stats` hold
+      the steps of both, and count an evaluation for each step of its. Without `jit` one that holds
+      a function of yours, such as its norm, is compiled at each call.
     - `adjoint`: how to differentiate, `ImplicitAdjoint()` by default.
     - `rtol`, `atol`: the tolerances. The solve has converged when
       `norm(error / (atol + rtol |x|)) <= 1` at the iterate `x`, where the *error* is estimated,
@@ -121,7 +128,7 @@ def find(
     x0: PyTree,
     args: tuple,
     *,
-    solver: AbstractSolver,
+    solver: AbstractSolver | Any,
     adjoint: AbstractAdjoint,
     rtol: Any,
     atol: Any,
@@ -146,11 +153,12 @@ def find(
     problem, inputs = trace(f, x0, args, has_aux, root)
     refuse_coupled("The map", problem.coupled_axes)
     refuse_varying(problem.jaxpr)
+    answered = hold or not isinstance(solver, AbstractSolver)
     configuration = configuration.with_key(problem, inputs, methods)
     try:
         state, aux, outcome = solve(problem, configuration, inputs, methods, [rtol, atol])
         if on_failure == "raise":
-            state, aux = _raise_if_failed(problem, hold, outcome, state, aux)
+            state, aux = _raise_if_failed(problem, answered, outcome, state, aux)
     except (ConvergenceError, jax.errors.JaxRuntimeError, ValueError) as error:
         bar.close()
         plain = public_error(error)

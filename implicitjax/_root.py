@@ -20,7 +20,7 @@ def implicit_root(
     g: Callable[..., Any],
     x0: PyTree,
     *args: Any,
-    solver: AbstractSolver = _NEWTON,
+    solver: AbstractSolver | Any = _NEWTON,
     adjoint: AbstractAdjoint = _IMPLICIT,
     rtol: Any = None,
     atol: Any = None,
@@ -47,7 +47,9 @@ def implicit_root(
       shapes and dtypes of `x`.
     - `x0`: the guess, a pytree of floats, complex numbers and arrays of them. Each is an unknown.
     - `solver`: `Newton()` by default. `Picard` needs `s g` to grow with `x` by less than 2;
-      `Anderson` needs no derivative of `g`.
+      `Anderson` needs no derivative of `g`. One of optimistix solves `s g(x) = 0`, or makes
+      `|s g(x)|^2 / 2` least. Where `g` is the gradient of a loss, a minimiser of that loss is
+      called in a function that `custom_root(g)` decorates.
     - The others: as for `implicit_fixed_point`.
 
     **Returns**

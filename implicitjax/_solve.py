@@ -19,11 +19,21 @@ from ._configuration import Configuration
 from ._failures import mark_failed, poison, poison_derivative
 from ._guess import Guess
 from ._implicit import by_jvp, by_vjp
-from ._loop import CONVERGED, held, iterate, nothing_to_solve, Outcome, Tolerances
+from ._loop import (
+    CONVERGED,
+    held,
+    held_to_its_own,
+    iterate,
+    nothing_to_solve,
+    Outcome,
+    Settings,
+    Tolerances,
+)
 from ._packing import Packing, packing
 from ._scaling import EVALUATIONS, move, scales
 from ._trace import Problem
 from .linear._transposable import transposable_solve
+from .solvers._optimistix import Optimistix
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -151,7 +161,11 @@ def _fixed_point(
     def find(theta: list, x0: list, fixed: PyTree) -> tuple[list, Outcome]:
         solver, (rtol, atol) = eqx.combine(fixed, static)
         scale = Tolerances(rtol, atol, epsilons, packed)
-        x, outcome = iterate(lambda x: F(theta, x), x0, solver, scale, settings)
+        f = lambda x: F(theta, x)
+        if isinstance(solver, Optimistix):
+            x, outcome = _by_neighbour(f, x0, solver, scale, settings)
+        else:
+            x, outcome = iterate(f, x0, solver, scale, settings)
         if problem.root:
             more = outcome.num_evaluations + EVALUATIONS
             outcome = eqx.tree_at(lambda o: o.num_evaluations, outcome, more)
@@ -184,6 +198,21 @@ def _fixed_point(
         x_star = _differentiable(F, find, adjoint, configuration, problem.pullback_only, guess)
         x, outcome = x_star(theta, x0, fixed)
     return packed.unpack(x), outcome
+
+
+def _by_neighbour(
+    f: Callable[[list], list], x0: list, solver: Optimistix, scale: Tolerances, settings: Settings
+) -> tuple[list, Outcome]:
+    """What a solver of optimistix returns, with what was left of its error taken away.
+
+    It tells its steps, not its evaluations: each counts as one.
+    """
+    answer, steps = solver.answer(f, x0, settings.max_steps)
+    x, outcome = iterate(f, answer, solver.refine, scale, settings)
+    own = scale._replace(rtol=solver.solver.rtol, atol=solver.solver.atol)
+    outcome = held_to_its_own(answer, f(answer), x, outcome, (scale, own), settings.norm)
+    counts = (outcome.num_steps + steps, outcome.num_evaluations + steps + 1)
+    return x, eqx.tree_at(lambda o: (o.num_steps, o.num_evaluations), outcome, counts)
 
 
 def _differentiable(

@@ -39,6 +39,7 @@ FLOORS = [
     "_scaling",
     "_guess",
     "solvers/_newton",
+    "solvers/_optimistix",
     "_trace",
     "_implicit",
     "_adjoint",

@@ -1,6 +1,6 @@
 """The loop: iterate, judge, decide; see README.md in this folder."""
 
-from ._finish import held
+from ._finish import held, held_to_its_own
 from ._iterate import iterate, Known, Settings
 from ._outcome import CONVERGED, nothing_to_solve, Outcome, RESULT_NAMES
 from ._units import Tolerances
@@ -13,6 +13,7 @@ __all__ = [
     "Settings",
     "Tolerances",
     "held",
+    "held_to_its_own",
     "iterate",
     "nothing_to_solve",
 ]
