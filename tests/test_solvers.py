@@ -288,3 +288,24 @@ def test_settings_that_make_no_sense():
         ij.Broyden(memory=0)
     with pytest.raises(ValueError, match=r"Broyden\(damping\)"):
         ij.Broyden(damping=1.5)
+
+
+@pytest.mark.parametrize(
+    "solver",
+    [ij.Picard(), ij.Anderson(), ij.Broyden(), ij.Squarem()],
+    ids=lambda s: type(s).__name__,
+)
+def test_steps_are_differentiated_where_the_map_holds_a_constant(solver):
+    # x = c x + a, so dx/da = 1 / (1 - c); c has no tangent.
+    c = jnp.asarray([0.5, 0.3])
+
+    def total(a):
+        f = lambda x: c * x + a
+        return ij.implicit_fixed_point(
+            f, jnp.zeros(2), solver=solver, adjoint=ij.UnrolledAdjoint(), max_steps=60,
+            on_failure="nan",
+        ).value.sum()  # fmt: skip
+
+    a, expected = jnp.asarray(1.0), 1 / 0.5 + 1 / 0.7
+    np.testing.assert_allclose(jax.jvp(total, (a,), (a,))[1], expected, rtol=1e-9)
+    np.testing.assert_allclose(jax.grad(total)(a), expected, rtol=1e-9)

@@ -236,7 +236,8 @@ def _turn(
     """
     here = (lax.iota(jnp.int32, S.shape[0]) == slot).astype(S.dtype)
     row = here @ S
-    row = row / jnp.maximum(length([row]), float(jnp.finfo(row.dtype).tiny))
+    size = length([row])
+    row = row / lax.select(size > 0, size, jnp.ones_like(size))
     h = row + jnp.where(here @ row > 0, here, -here)
     weights = jnp.outer(h, h) * (2 / (h @ h))
     turned = lambda columns: [
