@@ -211,6 +211,7 @@ def test_a_minimiser_of_a_loss_by_its_own_gradient():
 
 
 def test_what_no_solver_of_optimistix_can_do_is_refused(unchecked):
+    keywords: Any
     for keywords, match in (
         ({"history": True}, "history=True needs one of our own solvers"),
         ({"progress": print}, "progress needs one"),
