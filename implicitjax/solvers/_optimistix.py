@@ -44,11 +44,12 @@ class Optimistix(AbstractSolver):
             r = _tree.sub(value(y, None), y)
             return 0.5 * _tree.inner(r, r)
 
-        least = isinstance(self.solver, optimistix.AbstractMinimiser)
-        solve, of = (optimistix.minimise, half_square) if least else (optimistix.fixed_point, value)
-        y0: Any = to_reals(x)
+        solve: Any = optimistix.fixed_point
+        of: Any = value
+        if isinstance(self.solver, optimistix.AbstractMinimiser):
+            solve, of = optimistix.minimise, half_square
         try:
-            found = solve(of, self.solver, y0, throw=False, max_steps=max_steps)
+            found = solve(of, self.solver, to_reals(x), throw=False, max_steps=max_steps)
         except KeyError as missing:  # of the options that `Bisection`, for one, has to have
             raise TypeError(
                 f"{type(self.solver).__name__} of optimistix needs the option {missing}, which has "
