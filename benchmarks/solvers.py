@@ -46,8 +46,9 @@ T = TypeVar("T")
 
 
 def run(report: Report, rows: str = "") -> None:
-    """All tables, in float64, of the problems whose name has `rows` in it, or whose kind it is. Those
-    of the kind "large" take long: they are run when asked for, by kind or by name.
+    """All tables, in float64, of the problems whose name has `rows` in it, or whose kind it is.
+
+    Those of the kind "large" take long: they are run when asked for, by kind or by name.
     """
     before = jax.config.jax_enable_x64  # type: ignore[attr-defined]
     jax.config.update("jax_enable_x64", True)  # for the threads of callbacks too
