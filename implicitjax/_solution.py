@@ -149,7 +149,10 @@ def _words(x: Any) -> str:
         return f"{x.dtype}{list(x.shape)}" if hasattr(x, "shape") else repr(x)
     ends = sorted({numbers.min().item(), numbers.max().item()})
     largest = np.inf if numbers.dtype.kind == "i" else float(jnp.finfo(numbers.dtype).max)
-    return " to ".join("unknown" if end >= largest else f"{end:.3g}" for end in ends)
+    shown = (str(end) if isinstance(end, int) else f"{end:.3g}" for end in ends)
+    return " to ".join(
+        "unknown" if end >= largest else word for end, word in zip(ends, shown, strict=True)
+    )
 
 
 class ConvergenceError(RuntimeError):

@@ -3,6 +3,7 @@
 import dataclasses
 import inspect
 import re
+import runpy
 from pathlib import Path
 
 import jax
@@ -39,6 +40,15 @@ def test_the_code_of_a_page_runs(page, tmp_path, monkeypatch):
     ):
         for block in blocks(page):
             exec(compile(block, str(page), "exec"), names)
+
+
+def test_the_picture_of_the_readme_is_drawn(tmp_path):
+    """All methods converge; the README shows what the script draws."""
+    script = ROOT / "docs" / "convergence.py"
+    runpy.run_path(str(script))["main"](tmp_path / "drawn.svg")
+    assert (tmp_path / "drawn.svg").read_text().count("<svg") == 1
+    assert f"docs/{script.stem}.svg)" in (ROOT / "README.md").read_text()
+    assert script.with_suffix(".svg").exists()
 
 
 def lacks(name: str, value: object) -> set[str]:
