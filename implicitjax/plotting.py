@@ -86,7 +86,10 @@ def plot_convergence(
     ax.grid(alpha=0.3)
     entries = zip(*ax.get_legend_handles_labels(), strict=True)
     errors_last = sorted(entries, key=lambda entry: entry[1].startswith(_ERROR))
-    ax.legend(*zip(*errors_last, strict=True), fontsize="small")
+    legend = ax.legend(*zip(*errors_last, strict=True), fontsize="small")
+    for handle, text in zip(legend.legend_handles, legend.get_texts(), strict=True):
+        if text.get_text().startswith(_ERROR):  # which stands for those of all colours
+            handle.set_markerfacecolor("lightgrey")
     return ax
 
 

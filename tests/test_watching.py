@@ -83,6 +83,12 @@ def test_a_solution_prints_numbers():
     assert repr(solution) == str(solution)
 
 
+def test_counts_are_printed_whole():
+    """No step of `x + 1` ends the solve, so that it takes all of them."""
+    solution = solve(lambda x: x + 1, 0.0, solver=ij.Picard(), max_steps=1234, on_failure="return")
+    assert str(solution).split("\n")[1] == "  steps            1234"
+
+
 def test_a_batch_prints_the_share_that_converged_and_ranges():
     keywords: dict[str, Any] = {"solver": ij.Picard(), "on_failure": "return"}
     value = lambda a: solve(lambda x: a * x + 1, 0.0, atol=1e-3, rtol=0.0, **keywords)
@@ -359,6 +365,8 @@ def test_several_solutions_on_one_axis_have_colours_of_their_own(how):
         ij.plot_convergence(two if how == "dict" else list(two.values()), ax)
     names = ["solution 0", "solution 1"] if how == "list" else ["a", "b"]
     assert legend(ax) == [*names, "estimated error"]
+    marker = ax.get_legend().legend_handles[-1]  # stands for the diamonds of all colours
+    assert marker.get_markerfacecolor() not in {line.get_color() for line in ax.lines}
     first, its_end, second, _ = ax.lines
     assert first.get_color() == its_end.get_color() != second.get_color()
 
