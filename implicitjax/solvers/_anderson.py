@@ -160,12 +160,12 @@ class Anderson(AbstractSolver):
         x, raw = _tree.where(back, (state.x, state.r), (x, raw))
         r = scaled(raw)
 
-        # What the window has of the last difference and of r, but for the slot that is due.
+        # What the window has of the last difference, but for the slot that is due.
         V, U, S = state.V, state.U, state.S
         slot = lax.rem(state.count + (m - 1), jnp.int32(m))
         if S is not None:
             V, U, S = _turn(V, U, S, slot)
-        a, b = _tree.dot(V, dr), _tree.dot(V, r)
+        a = _tree.dot(V, dr)
         if S is None:
             coupled = lax.select(state.active, jnp.abs(a), jnp.full_like(a, -1))
             slot = lax.argmin(coupled, 0, jnp.int32)
@@ -179,8 +179,7 @@ class Anderson(AbstractSolver):
         # A value that is not finite teaches nothing: the column in the slot stays.
         others = lax.select(finite, others & ~empty, state.active)
         a = lax.select(finite, lax.select(others, a, zeros), here.astype(a.dtype))
-        b = lax.select(others, b, zeros)
-        V_h, U_h, V_g, U_g = (_tree.combine_columns(C, w) for w in (a, b) for C in (V, U))
+        V_h, U_h = (_tree.combine_columns(columns, a) for columns in (V, U))
 
         # The new column: what of the difference is new.
         v, u = _tree.where(finite, (_tree.sub(dr, V_h), _tree.sub(dx, U_h)), (V_h, U_h))
@@ -189,12 +188,19 @@ class Anderson(AbstractSolver):
         shorten = 1 / lax.select(some, size, jnp.ones_like(size))
         v, u = _tree.where(some, (_times(shorten, v), _times(shorten, u)), (nothing, nothing))
         usable = some & finite & started
-        g = lax.select(usable, _tree.dot(v, r), jnp.zeros_like(size))
         active = (here & usable) | others
+        V, U = (
+            [
+                lax.dynamic_update_index_in_dim(ci, vi, slot, 0)
+                for ci, vi in zip(columns, column, strict=True)
+            ]
+            for columns, column in ((V, v), (U, u))
+        )
 
         # The step: what the window leaves of the residual, and what it takes away.
-        rest = _tree.axpy(-g, v, _tree.sub(r, V_g))
-        away = _tree.axpy(g, u, U_g)
+        g = lax.select(active, _tree.dot(V, r), zeros)
+        rest = _tree.sub(r, _tree.combine_columns(V, g))
+        away = _tree.combine_columns(U, g)
         d = jnp.asarray(self.damping).astype(size.dtype) * guard.fraction
         step = _tree.sub(_times(d, rest), away)
         guard, plain = choose(guard, _tree.dot(step, r) <= 0, ~jnp.any(active))
@@ -208,17 +214,13 @@ class Anderson(AbstractSolver):
             lax.select(ends, jnp.full_like(xi, jnp.nan), xi + si * di)
             for xi, si, di in zip(x, scale, step, strict=True)
         ]
-        put = lambda columns, column: [
-            lax.dynamic_update_index_in_dim(ci, vi, slot, 0)
-            for ci, vi in zip(columns, column, strict=True)
-        ]
         return out, AndersonState(
             count=state.count + 1,
             unit=unit,
             x=x,
             r=raw,
-            V=put(V, v),
-            U=put(U, u),
+            V=V,
+            U=U,
             S=None if S is None else lax.select(finite, _record(S, a, shorten, here, others), S),
             active=active,
             left=left,
