@@ -112,10 +112,23 @@ def _solvable(report: Report, problems: list[Problem], methods: dict[str, Method
     pairs = list(zip(problems, found, strict=True))
     solved = {n: sum(_solved(p, answers[n]) for p, answers in pairs) for n in methods}
     own.row("solved", *(f"{k} of {len(problems)}" for k in solved.values()))
+    wrong = (sum(_wrong(p, answers[n]) for p, answers in pairs) for n in methods)
+    own.row("says so wrongly", *wrong)
+    own.row("geometric mean, in the default's", *(_in_defaults(pairs, n) for n in methods))
     report.note(f"-: it gives up, after {LIMIT} steps at the latest, {SLOW:,} for plain iteration")
     report.note("the windows are left out on more than 10^5 unknowns")
     report.note(f"!: it stops, and the true error is beyond {BEYOND:g} tolerances")
     report.note(f"≠: it stops at another solution, or at none (relative error above {ANOTHER:g})")
+
+    kinds = report.table(
+        "by kind: solved, and the geometric mean in the default's", list(methods), 32
+    )
+    for kind in dict.fromkeys(p.kind for p in problems):
+        of = [(p, answers) for p, answers in pairs if p.kind == kind]
+        means = {n: _in_defaults(of, n) for n in methods}
+        counts = {n: sum(_solved(p, answers[n]) for p, answers in of) for n in methods}
+        cells = (f"{counts[n]}; {m:.2g}" if m is not None else "0" for n, m in means.items())
+        kinds.row(f"{kind}, {len(of)}", *cells)
 
     first = report.table("first: evaluations until the true error is within", list(methods), 32)
     for p, answers in pairs:
@@ -136,6 +149,20 @@ def _solvable(report: Report, problems: list[Problem], methods: dict[str, Method
 
 def _solved(p: Problem, a: Answer | None) -> bool:
     return a is not None and a.says and p.excess(a.x, TARGET) <= BEYOND
+
+
+def _wrong(p: Problem, a: Answer | None) -> bool:
+    return a is not None and a.says and not _solved(p, a)
+
+
+def _in_defaults(pairs: list[tuple[Problem, dict[str, Answer | None]]], name: str) -> float | None:
+    """The evaluations of a method over those of the default, where both solve the problem."""
+    logs = []
+    for p, answers in pairs:
+        a, default = answers[name], answers[DEFAULT]
+        if a and default and _solved(p, a) and _solved(p, default):
+            logs.append(math.log(max(a.evaluations, 1) / max(default.evaluations, 1)))
+    return math.exp(sum(logs) / len(logs)) if logs else None
 
 
 def _verdict(p: Problem, a: Answer | None) -> str | int | None:

@@ -1,5 +1,7 @@
 """Which steps of an accelerated iteration are plain, and which are taken back."""
 
+import dataclasses
+
 import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
@@ -54,18 +56,15 @@ def look(
     fraction = guard.fraction * lax.select(back & finite, half, lax.select(better, two, one))
     short = guard.short * lax.select(finite, two, half)
     led_away = back & (guard.plain > _NONE)
-    return (
-        Safeguard(
-            best=lax.select(better | stalled, residual, guard.best),
-            since=lax.select(stalled, _NONE, since),
-            fraction=jnp.minimum(fraction, one),
-            short=jnp.minimum(short, one),
-            plain=guard.plain,
-            free=lax.select(led_away, _FREE, jnp.maximum(guard.free - _ONE, _NONE)),
-        ),
-        back,
-        stalled,
+    guard = dataclasses.replace(
+        guard,
+        best=lax.select(better | stalled, residual, guard.best),
+        since=lax.select(stalled, _NONE, since),
+        fraction=jnp.minimum(fraction, one),
+        short=jnp.minimum(short, one),
+        free=lax.select(led_away, _FREE, jnp.maximum(guard.free - _ONE, _NONE)),
     )
+    return guard, back, stalled
 
 
 def choose(
@@ -79,11 +78,5 @@ def choose(
     """
     plain = bare | (against & (guard.free == _NONE))
     row = lax.select(plain, guard.plain + _ONE, _NONE)
-    return Safeguard(
-        best=guard.best,
-        since=guard.since,
-        fraction=guard.fraction,
-        short=guard.short,
-        plain=row,
-        free=lax.select(row >= _PLAIN, _FREE, guard.free),
-    ), plain
+    free = lax.select(row >= _PLAIN, _FREE, guard.free)
+    return dataclasses.replace(guard, plain=row, free=free), plain
