@@ -72,9 +72,9 @@ class Seen(NamedTuple):
     at: Number
     mark: Number
     mark_at: Number
+    sample: Number
     earlier: Number
     earlier_at: Number
-    sample: Number
     before: Number
     most: Number
     last: Number
@@ -107,30 +107,34 @@ def cut(numbers: Float[Array, " numbers"]) -> list[Number]:
 def see(seen: Seen, step: Int[Array, ""], now: Measured, sampled: bool) -> Seen:
     """Takes note of the norms after `step` steps."""
     at = step.astype(now.residual.dtype)[None]
-    turn = at >= 2 * seen.mark_at
-    earlier = lax.select(turn, seen.mark, seen.earlier)
-    earlier_at = lax.select(turn, seen.mark_at, seen.earlier_at)
-    last = _factor(now.residual, seen.residual, at - seen.at)
-    # The round-off of the residual counts against it: a rate that it blurs is no proof.
-    mean = _factor(now.residual + now.roundoff, earlier, at - earlier_at)
-    sample, before, most = seen.sample, seen.before, seen.most
+    sample, most = seen.sample, seen.most
     if sampled:
-        new = take_sample(now.dx, now.dr, now.roundoff)
-        before = lax.select(turn, sample, before)
-        sample = lax.select(turn, new, jnp.maximum(sample, new))
+        sample = take_sample(now.dx, now.dr, now.roundoff)
         # A step whose residuals differ by round-off alone amplified that at least so much.
         lost = ABOVE * now.roundoff
-        least = lax.select(lost > 0, now.dx / jnp.maximum(now.dr, lost), new)
+        least = lax.select(lost > 0, now.dx / jnp.maximum(now.dr, lost), sample)
         most = lax.select(least > most, least, most)  # NaN beside a value that is not finite
+    marks = (seen.mark, seen.mark_at, seen.sample)
+    widened = (seen.mark, seen.mark_at, jnp.maximum(seen.sample, sample))
+    turned = lax.concatenate((now.residual, at, sample, *marks), 0)
+    stays = lax.concatenate((*widened, seen.earlier, seen.earlier_at, seen.before), 0)
+    turn = lax.squeeze(at >= 2 * seen.mark_at, (0,))
+    mark, mark_at, sample, earlier, earlier_at, before = cut(lax.select(turn, turned, stays))
+    # The round-off of the residual counts against it: a rate that it blurs is no proof.
+    last, mean, falls = _factors(
+        (now.residual, now.residual + now.roundoff, now.raw),
+        (seen.residual, earlier, seen.raw),
+        (at - seen.at, at - earlier_at, at - seen.at),
+    )
     better = now.residual < seen.best
     new = Seen(
         residual=now.residual,
         at=at,
-        mark=lax.select(turn, now.residual, seen.mark),
-        mark_at=lax.select(turn, at, seen.mark_at),
+        mark=mark,
+        mark_at=mark_at,
+        sample=sample,
         earlier=earlier,
         earlier_at=earlier_at,
-        sample=sample,
         before=before,
         most=most,
         last=last,
@@ -140,7 +144,7 @@ def see(seen: Seen, step: Int[Array, ""], now: Measured, sampled: bool) -> Seen:
         best_at=lax.select(better, at, seen.best_at),
         raw=now.raw,
         first=lax.select(seen.first < jnp.inf, seen.first, now.raw),
-        falls=_factor(now.raw, seen.raw, at - seen.at),
+        falls=falls,
     )
     error = amplification(new, sampled) * jnp.maximum(now.residual, now.roundoff)
     if sampled:
@@ -148,10 +152,11 @@ def see(seen: Seen, step: Int[Array, ""], now: Measured, sampled: bool) -> Seen:
     return new._replace(error=error)
 
 
-def _factor(residual: Number, before: Number, steps: Number) -> Number:
-    """The mean factor of so many steps; infinite where nothing was before."""
-    factor = lax.select(before < jnp.inf, residual / before, before)
-    return factor ** (1 / jnp.maximum(steps, 1))
+def _factors(now: Sequence[Number], before: Sequence[Number], steps: Sequence[Number]) -> list:
+    """The mean factors of so many steps; infinite where nothing was before."""
+    residuals, old, apart = (lax.concatenate(numbers, 0) for numbers in (now, before, steps))
+    factors = lax.select(old < jnp.inf, residuals / old, old)
+    return cut(factors ** (1 / jnp.maximum(apart, 1)))
 
 
 def take_sample(dx: Number, dr: Number, roundoff: Number) -> Number:

@@ -12,7 +12,7 @@ from .. import _tree
 from .._check import damping_factor, positive_int
 from .._packing import Packing
 from ._base import AbstractSolver, Iterate, Map
-from ._safeguard import choose, look, Safeguard, unguarded
+from ._safeguard import choose, look, unguarded
 from ._scale import length, sizes
 
 # Columns at the most: of up to so many unknowns, and of more.
@@ -39,7 +39,7 @@ class AndersonState(eqx.Module):
     - `active`: which of the `m` columns are in use.
     - `left`: the length of `r - V g` at the last iterate, infinite where little is known of it;
       and after a plain step; `None` beside `S`.
-    - `guard`: which steps are plain, and which are taken back.
+    - `guard`: which steps are plain, and which are taken back, the numbers of a `Safeguard`.
     """
 
     count: Int[Array, ""]
@@ -51,7 +51,7 @@ class AndersonState(eqx.Module):
     S: Float[Array, "m m"] | None
     active: Bool[Array, " m"]
     left: Float[Array, ""] | None
-    guard: Safeguard
+    guard: Float[Array, " numbers"]
 
 
 class Anderson(AbstractSolver):
@@ -156,6 +156,7 @@ class Anderson(AbstractSolver):
         residual = length(scaled(raw))  # NaN or infinite where the value is
         finite = residual < jnp.inf
         guard, back, stalled = look(state.guard, residual, finite, _PATIENCE + m // 2)
+        fraction, short = (lax.squeeze(v, (0,)) for v in (guard.fraction, guard.short))
         dr, dx = scaled(_tree.sub(raw, state.r)), scaled(_tree.sub(x, state.x))
         x, raw = _tree.where(back, (state.x, state.r), (x, raw))
         r = scaled(raw)
@@ -172,7 +173,7 @@ class Anderson(AbstractSolver):
         here, zeros = lax.iota(jnp.int32, m) == slot, jnp.zeros_like(a)
         others = state.active & ~here
         whole, a = _tree.dot(dr, dr), lax.select(others, a, zeros)
-        empty = stalled | (back & (guard.fraction < _SHORT))
+        empty = stalled | (back & (fraction < _SHORT))
         empty = empty | ~(whole - jnp.sum(jnp.square(a)) > _NEW * whole)
         if state.left is not None:
             empty = empty | (residual > _MISLED * state.left)
@@ -201,15 +202,15 @@ class Anderson(AbstractSolver):
         g = lax.select(active, _tree.dot(V, r), zeros)
         rest = _tree.sub(r, _tree.combine_columns(V, g))
         away = _tree.combine_columns(U, g)
-        d = jnp.asarray(self.damping).astype(size.dtype) * guard.fraction
+        d = jnp.asarray(self.damping).astype(size.dtype) * fraction
         step = _tree.sub(_times(d, rest), away)
-        guard, plain = choose(guard, _tree.dot(step, r) <= 0, ~jnp.any(active))
+        numbers, plain = choose(guard, _tree.dot(step, r) <= 0, ~jnp.any(active))
         known = jnp.any(others) & ~(back | plain)
         left = (
             None if S is not None else lax.select(known, length(rest), jnp.full_like(size, jnp.inf))
         )
-        step = _times(guard.short, _tree.where(plain, _times(d, r), step))
-        ends = guard.short < _GIVES_UP
+        step = _times(short, _tree.where(plain, _times(d, r), step))
+        ends = short < _GIVES_UP
         out = [
             lax.select(ends, jnp.full_like(xi, jnp.nan), xi + si * di)
             for xi, si, di in zip(x, scale, step, strict=True)
@@ -224,7 +225,7 @@ class Anderson(AbstractSolver):
             S=None if S is None else lax.select(finite, _record(S, a, shorten, here, others), S),
             active=active,
             left=left,
-            guard=guard,
+            guard=numbers,
         )
 
 

@@ -1,22 +1,23 @@
 """Which steps of an accelerated iteration are plain, and which are taken back."""
 
-import dataclasses
+from typing import NamedTuple
 
-import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 
 # A residual above so many times the least one is taken back.
 _GREW = 10.0
 # After so many plain steps in a row, and for so many steps, an extrapolation may go against the
 # residual.
-_PLAIN, _FREE = np.int32(100), np.int32(20)
-_NONE, _ONE = np.int32(0), np.int32(1)
+_PLAIN, _FREE = 100.0, 20.0
+
+# A number, as an array of one entry: so they are cut from a vector, and put back, at once.
+Number = Float[Array, " 1"]
 
 
-class Safeguard(eqx.Module):
+class Safeguard(NamedTuple):
     """What decides on the next step.
 
     - `best`, `since`: the least residual since the last stall, and the steps without a lesser one.
@@ -26,22 +27,25 @@ class Safeguard(eqx.Module):
     - `free`: for how many steps an extrapolation may go against the residual.
     """
 
-    best: Float[Array, ""]
-    since: Int[Array, ""]
-    fraction: Float[Array, ""]
-    short: Float[Array, ""]
-    plain: Int[Array, ""]
-    free: Int[Array, ""]
+    best: Number
+    since: Number
+    fraction: Number
+    short: Number
+    plain: Number
+    free: Number
 
 
-def unguarded(dtype: jnp.dtype) -> Safeguard:
-    """Before the first step."""
-    none, one = jnp.zeros((), jnp.int32), jnp.ones((), dtype)
-    return Safeguard(jnp.full((), jnp.inf, dtype), none, one, one, none, none)
+def unguarded(dtype: jnp.dtype) -> Float[Array, " numbers"]:
+    """The numbers of a `Safeguard` before the first step."""
+    start = {"best": float("inf"), "fraction": 1.0, "short": 1.0}
+    return jnp.asarray([start.get(name, 0.0) for name in Safeguard._fields], dtype)
 
 
 def look(
-    guard: Safeguard, residual: Float[Array, ""], finite: Bool[Array, ""], patience: int
+    numbers: Float[Array, " numbers"],
+    residual: Float[Array, ""],
+    finite: Bool[Array, ""],
+    patience: int,
 ) -> tuple[Safeguard, Bool[Array, ""], Bool[Array, ""]]:
     """Whether the last step is taken back, and whether the solve has stalled.
 
@@ -49,34 +53,36 @@ def look(
     are taken back show that plain iteration leads away. A solve has stalled after `patience` steps
     without a lesser residual.
     """
-    back, better = ~(residual <= _GREW * guard.best), residual < guard.best
-    since = lax.select(better, _NONE, guard.since + _ONE)
-    stalled = (since >= np.int32(patience)) & ~back
-    half, one, two = (np.asarray(c, residual.dtype) for c in (0.5, 1, 2))
+    guard = Safeguard(*lax.split(numbers, [1] * numbers.size))
+    now, finite = residual[None], finite[None]
+    number = lambda c: np.full(1, c, now.dtype)
+    none, half, one, two = map(number, (0, 0.5, 1, 2))
+    back, better = ~(now <= _GREW * guard.best), now < guard.best
+    since = lax.select(better, none, guard.since + one)
+    stalled = (since >= patience) & ~back
     fraction = guard.fraction * lax.select(back & finite, half, lax.select(better, two, one))
     short = guard.short * lax.select(finite, two, half)
-    led_away = back & (guard.plain > _NONE)
-    guard = dataclasses.replace(
-        guard,
-        best=lax.select(better | stalled, residual, guard.best),
-        since=lax.select(stalled, _NONE, since),
+    led_away = back & (guard.plain > none)
+    guard = guard._replace(
+        best=lax.select(better | stalled, now, guard.best),
+        since=lax.select(stalled, none, since),
         fraction=jnp.minimum(fraction, one),
         short=jnp.minimum(short, one),
-        free=lax.select(led_away, _FREE, jnp.maximum(guard.free - _ONE, _NONE)),
+        free=lax.select(led_away, number(_FREE), jnp.maximum(guard.free - one, none)),
     )
-    return guard, back, stalled
+    return guard, lax.squeeze(back, (0,)), lax.squeeze(stalled, (0,))
 
 
 def choose(
     guard: Safeguard, against: Bool[Array, ""], bare: Bool[Array, ""]
-) -> tuple[Safeguard, Bool[Array, ""]]:
-    """Whether the next step is plain: where the extrapolation goes `against` the residual, and
-    where there is none, the window being `bare`.
+) -> tuple[Float[Array, " numbers"], Bool[Array, ""]]:
+    """The numbers, and whether the next step is plain: where the extrapolation goes `against` the
+    residual, and where there is none, the window being `bare`.
 
     Along such an extrapolation the map repels: plain iteration would lead away from where it goes.
     So it is not taken, unless plain iteration was seen to lead nowhere.
     """
-    plain = bare | (against & (guard.free == _NONE))
-    row = lax.select(plain, guard.plain + _ONE, _NONE)
-    free = lax.select(row >= _PLAIN, _FREE, guard.free)
-    return dataclasses.replace(guard, plain=row, free=free), plain
+    plain = bare[None] | (against[None] & (guard.free == 0))
+    row = lax.select(plain, guard.plain + 1, jnp.zeros_like(guard.plain))
+    free = lax.select(row >= _PLAIN, jnp.full_like(guard.free, _FREE), guard.free)
+    return lax.concatenate(guard._replace(plain=row, free=free), 0), lax.squeeze(plain, (0,))
