@@ -7,7 +7,7 @@ from pathlib import Path
 
 import jax
 
-from . import bar, branches, budget, compiled, eager, honesty, solvers
+from . import bar, branches, budget, compiled, derivatives, eager, honesty, solvers
 from .report import Report
 
 TOPICS = {
@@ -17,6 +17,7 @@ TOPICS = {
     "branches": branches.run,
     "honesty": honesty.run,
     "budget": budget.run,
+    "derivatives": derivatives.run,
     "bar": bar.run,
 }
 
@@ -40,7 +41,7 @@ def main() -> None:
     report = Report()
     print(f"jax {jax.__version__}, {jax.default_backend()}, python {platform.python_version()}")
     for topic in arguments.topics or TOPICS:
-        if topic in ("branches", "budget", "solvers"):
+        if topic in ("branches", "budget", "derivatives", "solvers"):
             TOPICS[topic](report, arguments.rows)
         else:
             TOPICS[topic](report)

@@ -58,8 +58,8 @@ def rotations(rng: Rng, n: int) -> Matrix:
 
 
 def non_normal(rng: Rng, n: int) -> Matrix:
-    """Eigenvalues within ±0.9 and a strong upper triangle."""
-    heavy = np.triu(rng.normal(size=(n, n)), 1)
+    """Eigenvalues within ±0.9 and a strong upper triangle, as strong for any `n`."""
+    heavy = np.triu(rng.normal(size=(n, n)), 1) * (24 / n) ** 0.5
     return _rotated(rng, np.diag(rng.uniform(-0.9, 0.9, n)) + rng.uniform(0.1, 0.5) * heavy)
 
 
