@@ -3,7 +3,8 @@
 Where row `i` of `J` is that of the identity, equation `i` is `x_i = x_i` to first order, and the
 guess has decided the value of `x_i`. If the trace has shown that the map hands that entry on, it
 is a parameter, see `_trace/_entries.py`, and `J` has no such row. Of the others no derivative is
-known, and zero would be wrong: it is NaN, or an exception, as `on_failure` has it.
+known, and zero would be wrong: it is NaN, or an exception, as `on_failure` has it. So it is with
+a projection, such as `x / |x|`: row `i` of `J` is not zero, and that of `J J`.
 """
 
 import dataclasses
@@ -40,23 +41,25 @@ class Guess:
     on_failure: str
 
     def decided(self, J: Callable[[Vector], Vector], x: Vector) -> list[Bool[Array, "..."]]:
-        """Which entries the guess has decided: `(J p)_i = p_i` for vectors `p` without a pattern,
-        so many that this happens by chance nowhere.
+        """Which entries the guess has decided: row `i` of `J` is not zero, and another step does
+        not change it. So it is for `J p`, `J J p`, ... of a vector `p` without a pattern, so many
+        that this happens by chance nowhere.
         """
         to_reals, from_reals = _tree.as_reals(x)
-        sample = probe(to_reals(x))
-        tolerance = 4 * float(jnp.finfo(sample[0].dtype).eps)
+        p = from_reals(probe(to_reals(x)))
 
-        def once(carry: tuple, _: None) -> tuple:
-            found, reals = carry
-            p = from_reals(reals)
-            pairs = zip(found, J(p), p, strict=True)
-            found = [f & (abs(Jp - pi) <= tolerance * abs(pi)) for f, Jp, pi in pairs]
-            return (found, [r * s for r, s in zip(reals, sample, strict=True)]), None
+        def once(carry: tuple, step: Array) -> tuple:
+            found, v = carry
+            Jv = J(v)
+            same = [
+                (abs(after - vi) <= 4 * jnp.finfo(vi.dtype).eps * abs(vi)) & (vi != 0)
+                for after, vi in zip(Jv, v, strict=True)
+            ]
+            return ([f & (s | (step == 0)) for f, s in zip(found, same, strict=True)], Jv), None
 
         digits = min(jnp.finfo(leaf.dtype).nmant for leaf in x)
-        start = ([xi == xi for xi in x], sample)
-        return lax.scan(once, start, length=-(-40 // digits))[0][0]
+        start = ([xi == xi for xi in x], p)
+        return lax.scan(once, start, jnp.arange(1 - -40 // digits))[0][0]
 
     def along(
         self,
@@ -70,10 +73,12 @@ class Guess:
         if x_dot is not None and all(isinstance(t, SymbolicZero) for t in x0_dot):
             return x_dot
         decided = self.decided(J, _tree.stop_gradient(x))
-        by_guess = self.tangent(decided, outcome, list(map(instantiate, x0_dot)))
+        by_guess = self.tangent(decided, J, outcome, list(map(instantiate, x0_dot)))
         return by_guess if x_dot is None else _tree.axpy(1, x_dot, by_guess)
 
-    def tangent(self, decided: list, outcome: Outcome, x0_dot: Vector) -> Vector:
+    def tangent(
+        self, decided: list, J: Callable[[Vector], Vector], outcome: Outcome, x0_dot: Vector
+    ) -> Vector:
         """The tangent of the solution along that of the guess, and transposed: zero, where neither
         an entry that the guess has decided moves, nor the solve has failed.
         """
@@ -95,7 +100,9 @@ class Guess:
             found = jnp.any(reads.T & moved[None], axis=1) & of_leaf
             return self._refuse(found, found, failed, b)
 
-        moving = [jnp.where(d, t, 0).astype(t.dtype) for d, t in zip(decided, x0_dot, strict=True)]
+        moving = [
+            jnp.where(d, t, 0).astype(t.dtype) for d, t in zip(decided, J(x0_dot), strict=True)
+        ]
         moving = lax.optimization_barrier(moving)  # one linear map: all leaves move
         return lax.custom_linear_solve(lambda v: v, moving, forward, transpose_solve=transposed)
 
@@ -140,9 +147,10 @@ class GuessFailure:
         leaf = self.paths[int(info["leaf"])]
         raise DerivativeError(
             f"The derivative with respect to the guess is not known{lane}: at the solution some of "
-            f"the leaf {leaf} depends on nothing but itself, with the derivative 1, so the guess "
-            "has decided its value.\n"
-            "  (a) If that is a parameter, return it as it came, or pass it in `args`.\n"
+            f"the leaf {leaf} depends on nothing but itself, and a further step does not change "
+            "it, so the guess has decided its value.\n"
+            "  (a) If that is a parameter, return it as it came, or pass it in `args`; choose by "
+            "`jnp.where`, not by a product with a mask.\n"
             "  (b) If its derivative is of no interest, pass `jax.lax.stop_gradient(x0)`.\n"
             'Pass `on_failure="nan"` or "return" for NaN in its place.'
         )

@@ -76,13 +76,16 @@ def by_vjp(F: Callable, solve: Callable, linear_solve: LinearSolve, guess: Guess
     def backward(residuals: tuple, cotangents: tuple) -> tuple:
         (θ, x, outcome, decided), (x_bar, _) = residuals, cotangents
         x_bar = list(map(instantiate, x_bar))
-        _, pull = jax.vjp(F, θ, x)  # u ↦ (Bᵀ u, Jᵀ u)
-        u = linear_solve(lambda u: sub(u, pull(u)[1]), x_bar, outcome)
+        # One by one: with what `Bᵀ` alone reads, `Aᵀ` would seem to change with it.
+        _, pull_x = jax.vjp(lambda x: F(θ, x), x)
+        _, pull_θ = jax.vjp(lambda θ: F(θ, x), θ)
+        u = linear_solve(lambda u: sub(u, pull_x(u)[0]), x_bar, outcome)
         x0_bar = None
         if decided is not None:
-            tangent = lambda x0_dot: guess.tangent(decided, outcome, x0_dot)
+            J = _double_transpose(lambda x: F(θ, x), x)
+            tangent = lambda x0_dot: guess.tangent(decided, J, outcome, x0_dot)
             (x0_bar,) = jax.linear_transpose(tangent, x)(x_bar)
-        return pull(u)[0], x0_bar, None
+        return pull_θ(u)[0], x0_bar, None
 
     x_star.defvjp(forward, backward, symbolic_zeros=True)
     return x_star

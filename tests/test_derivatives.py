@@ -223,3 +223,17 @@ def test_a_layer_in_a_model_is_trained_like_any_other():
     assert gradient.f.W.shape == (4, 4)
     reference = jax.grad(lambda m: unrolled(m, jnp.zeros(4)).sum())(layer(4))
     np.testing.assert_allclose(gradient.f.W, reference.W, atol=1e-9)
+
+
+@pytest.mark.parametrize("rule", ["jvp", "vjp"])
+def test_the_third_derivative_of_an_affine_map(rule):
+    """What `W` is pulled back by changes with `x`, though `I - W` does not."""
+    W, b, p = np.array([[0.3, 0.2], [0.1, 0.4]]), np.array([1.0, 2.0]), 0.7
+    by_p = np.linalg.solve(np.eye(2) - W, b)
+
+    def loss(p):
+        f = lambda x: jnp.asarray(W) @ x + p * jnp.asarray(b)
+        adjoint = ij.ImplicitAdjoint(rule=rule)
+        return jnp.sum(ij.implicit_fixed_point(f, jnp.zeros(2), adjoint=adjoint).value ** 3)
+
+    np.testing.assert_allclose(jax.grad(jax.grad(jax.grad(loss)))(p), 6 * np.sum(by_p**3))

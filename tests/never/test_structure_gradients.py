@@ -416,6 +416,9 @@ UNSEEN = {
     "relu": lambda k: jax.nn.relu(k),
     "exp of log": lambda k: jnp.exp(jnp.log(k)),
     "root of square": lambda k: jnp.sqrt(k * k),
+    "normalised": lambda k: k / jnp.sqrt(jnp.sum(k * k)),
+    "a share": lambda k: k / jnp.sum(k),
+    "float32 and back": lambda k: k.astype(jnp.float32).astype(jnp.float64),
 }
 
 
