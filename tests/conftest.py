@@ -5,6 +5,7 @@ The annotations of the package are checks.
 
 import os
 import pathlib
+import secrets
 
 # Compiling is most of what the tests do, and how well tiny programs are optimised is not tested.
 # The older emitters of XLA's CPU backend take a third of the time of the newer ones, and a worker
@@ -14,6 +15,9 @@ os.environ.setdefault(
     "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false "
     "--xla_cpu_parallel_codegen_split_count=1",
 )
+
+# A new seed for the random cases in each run; the workers of pytest-xdist inherit it.
+os.environ.setdefault("IMPLICITJAX_SEED", str(secrets.randbits(32)))
 
 import jax
 import jaxtyping
@@ -47,6 +51,14 @@ jaxtyping.install_import_hook(NAMES, "tests.conftest.checked")
 jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Names the seed, also under pytest-xdist, where what a test prints is lost."""
+    reports = [r for some in terminalreporter.stats.values() for r in some]
+    for report in reports:
+        for name, value in getattr(report, "user_properties", ()):
+            terminalreporter.write_line(f"{name}: {value}")
 
 
 @pytest.fixture(autouse=True)
