@@ -6,6 +6,7 @@ is equal for equal programs: with it as the key, a cached `jit` serves a fresh l
 never an outdated one, since whatever the lambda reads is in the trace.
 """
 
+import dataclasses
 import itertools
 import weakref
 from collections.abc import Hashable, Iterator
@@ -123,7 +124,7 @@ def _parameters(eqn: jec.JaxprEqn, above: tuple) -> tuple:
 
 
 def _fields(params: dict[str, Any], above: tuple) -> tuple:
-    return tuple((k, _value(params[k], above)) for k in sorted(params))
+    return tuple((k, _value(params[k], above, k == "callback")) for k in sorted(params))
 
 
 class _Single:
@@ -199,14 +200,22 @@ def _is_jaxpr(value: Any) -> bool:
     return isinstance(value, (jec.Jaxpr, jec.ClosedJaxpr))
 
 
-def _value(value: Any, above: tuple) -> Hashable:
-    """A hashable stand-in for a parameter."""
+def _value(value: Any, above: tuple, runs: bool = False) -> Hashable:
+    """A hashable stand-in for a parameter. If it `runs` whenever the program does, what may change
+    in it until then counts by identity.
+    """
 
-    def jaxpr(value: Any) -> Hashable | None:
+    def first(value: Any) -> Hashable | None:
         if isinstance(value, jec.ClosedJaxpr):
             return ("closed", program_key(value, above))
         if isinstance(value, jec.Jaxpr):
             return ("jaxpr", fingerprint(value, above))
-        return None
+        return Identity(value) if runs and _may_change(value) else None
 
-    return exact(value, first=jaxpr)
+    return exact(value, first=first)
+
+
+def _may_change(value: Any) -> bool:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return not type(value).__dataclass_params__.frozen  # pyright: ignore[reportAttributeAccessIssue]
+    return isinstance(value, np.ndarray) or (isinstance(value, (list, dict, set)) and bool(value))

@@ -98,6 +98,46 @@ def test_18_what_a_callback_is_handed_counts_by_type():
     np.testing.assert_allclose(got, [2.0, 22.0, 2.0, 2.0, 22.0])
 
 
+def add(box: Any, x: Array) -> np.ndarray:
+    return np.asarray(0.5 * np.asarray(x) + box[0])
+
+
+def add_to(x: Array, box: Any) -> np.ndarray:
+    return add(box, x)
+
+
+@dataclasses.dataclass(eq=False)
+class Adder:
+    box: Any
+
+    def __call__(self, x):
+        return add(self.box, x)
+
+
+MUTABLE = {
+    "partial of a list": lambda box: functools.partial(add, box),
+    "partial of an array": lambda box: functools.partial(add, np.asarray(box)),
+    "keyword": lambda box: functools.partial(add_to, box=box),
+    "dataclass": Adder,
+}
+
+
+@pytest.mark.parametrize("name", MUTABLE)
+def test_18_a_callback_is_not_one_that_has_changed_since(name):
+    """The program holds the function of an earlier call, which reads its list as it is now."""
+
+    def value(callback):
+        like = jax.ShapeDtypeStruct((), jnp.float64)
+        return float(solve(lambda x: jax.pure_callback(callback, like, x), 0.0).value)
+
+    first, second = (MUTABLE[name]([1.0]) for _ in range(2))
+    assert value(first) == pytest.approx(2.0)
+    holder = first.box if name == "dataclass" else [*first.args, *first.keywords.values()][0]
+    holder[0] = 5.0
+    assert value(second) == pytest.approx(2.0)
+    assert value(first) == pytest.approx(10.0)
+
+
 def with_symbolic_zeros(slope: float) -> Any:
     """The slope counts where the second argument has no tangent."""
 
