@@ -131,7 +131,8 @@ def system(problem: Problem, inputs: list) -> System:
     def hand_on(x: list, carried: list) -> list:
         masks_and_values = zip(masks, carried[: len(masks)], carried[len(masks) :], strict=True)
         out = dict(enumerate(x))
-        out.update({k: jax.lax.select(mask, c, x[k]) for k, mask, c in masks_and_values})
+        for k, mask, c in masks_and_values:  # what is not a number is never handed on
+            out[k] = jax.lax.select(mask & (x[k] == x[k]), c, x[k])
         return list(out.values())
 
     if problem.root:

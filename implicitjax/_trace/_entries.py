@@ -195,6 +195,19 @@ def _neutral(number: int, *places: int) -> Callable:
     return rule
 
 
+def _product(eqn: jec.JaxprEqn, operands: list[Labelled]) -> list:
+    """A product with 1 hands on the other factor; one with 0 has neither its value nor its
+    derivative.
+    """
+    (out,) = _neutral(1, 0, 1)(eqn, operands)
+    for x in operands:
+        if not isinstance(x.value, Tracer) and not np.any(np.asarray(x.value) == 0):
+            continue
+        if not (isinstance(x.labels, int) and x.labels != EXACT):
+            out = jnp.where((x.labels == EXACT) & (x.value == 0), EXACT, out)
+    return [out]
+
+
 def _custom(eqn: jec.JaxprEqn, operands: list[Labelled]) -> list:
     out = _opaque(eqn, operands)
     return [
@@ -285,7 +298,7 @@ _RULES = {
     "clamp": _clamp,
     "add": _neutral(0, 0, 1),
     "sub": _neutral(0, 1),
-    "mul": _neutral(1, 0, 1),
+    "mul": _product,
     "div": _neutral(1, 1),
     **dict.fromkeys(("custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr"), _custom),
     "cond": _cond,

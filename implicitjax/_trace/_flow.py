@@ -144,6 +144,13 @@ def _neutral(number: int, *places: int) -> Callable:
     return rule
 
 
+def _product(eqn: jec.JaxprEqn, operands: list[Flow]) -> list[Flow]:
+    """A product with 1, or with 0, which has no derivative."""
+    (out,) = _neutral(1, 0, 1)(eqn, operands)
+    zero = any(x.exact and (x.number is None or x.number == 0) for x in operands)
+    return [out._replace(exact=out.exact or zero)]
+
+
 def _call(key: str) -> Callable:
     """A call of one jaxpr."""
     return lambda eqn, operands: _flow(opened(eqn.params[key]), operands)
@@ -284,7 +291,7 @@ _RULES = {
     **dict.fromkeys(("max", "min", "clamp"), _choice),
     "add": _neutral(0, 0, 1),
     "sub": _neutral(0, 1),
-    "mul": _neutral(1, 0, 1),
+    "mul": _product,
     "div": _neutral(1, 1),
     **dict.fromkeys(("jit", "pjit", "checkpoint", "remat", "remat2"), _call("jaxpr")),
     **dict.fromkeys(("closed_call", "core_call"), _call("call_jaxpr")),

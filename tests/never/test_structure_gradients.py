@@ -206,6 +206,10 @@ def by_rows(u, a):
     return jnp.concatenate([u[:1], middle, u[-1:]])
 
 
+def weighted(mask, u, a):
+    return mask * padded(u, a) + (1 - mask) * u
+
+
 GRIDS = {
     "set": lambda u, a: u.at[1:-1, 1:-1].set(sweep(u, a)),
     "add": lambda u, a: u.at[1:-1, 1:-1].add(sweep(u, a) - u[1:-1, 1:-1]),
@@ -232,6 +236,11 @@ GRIDS = {
         0
     ],
     "bounded": lambda u, a: jnp.clip(by_rows(u, a), -10.0, 10.0),
+    "weighted by a mask": lambda u, a: weighted(jnp.asarray(INNER).astype(u.dtype), u, a),
+    "weighted by a computed mask": lambda u, a: weighted(
+        jnp.outer(jnp.arange(N) % (N - 1) > 0, jnp.asarray(INNER.any(1))).astype(u.dtype), u, a
+    ),
+    "moved by a mask": lambda u, a: u + jnp.asarray(INNER).astype(u.dtype) * (padded(u, a) - u),
 }
 EDGES = jnp.asarray(np.random.default_rng(1).uniform(0.2, 1.0, size=(N, N)))
 SOURCE = jnp.asarray(np.random.default_rng(2).uniform(0.1, 0.3, size=(N - 2, N - 2)))
