@@ -56,8 +56,8 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 def pytest_terminal_summary(terminalreporter):
     """Names the seed, also under pytest-xdist, where what a test prints is lost."""
     reports = [r for some in terminalreporter.stats.values() for r in some]
-    for report in reports:
-        for name, value in getattr(report, "user_properties", ()):
+    for report in (r for r in reports if getattr(r, "when", None) == "call"):
+        for name, value in report.user_properties:
             terminalreporter.write_line(f"{name}: {value}")
 
 
