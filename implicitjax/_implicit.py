@@ -68,19 +68,16 @@ def by_vjp(F: Callable, solve: Callable, linear_solve: LinearSolve, guess: Guess
     def forward(*primals: PyTree) -> tuple:
         θ, x0, fixed = jax.tree.map(lambda p: p.value, primals, is_leaf=_is_primal)
         x, outcome = x_star(θ, x0, fixed)
-        decided = None
-        if any(p.perturbed for p in primals[1]):
-            decided = guess.decided(_double_transpose(lambda x: F(θ, x), x), x)
+        moves = any(p.perturbed for p in primals[1])
+        decided = guess.decided(_double_transpose(lambda x: F(θ, x), x), x) if moves else None
         return (x, outcome), (θ, x, outcome, decided)
 
     def backward(residuals: tuple, cotangents: tuple) -> tuple:
-        (θ, x, outcome, decided), (x_bar, _) = residuals, cotangents
-        x_bar = list(map(instantiate, x_bar))
+        (θ, x, outcome, decided), x_bar = residuals, list(map(instantiate, cotangents[0]))
         # One by one: with what `Bᵀ` alone reads, `Aᵀ` would seem to change with it.
         _, pull_x = jax.vjp(lambda x: F(θ, x), x)
         _, pull_θ = jax.vjp(lambda θ: F(θ, x), θ)
-        u = linear_solve(lambda u: sub(u, pull_x(u)[0]), x_bar, outcome)
-        x0_bar = None
+        u, x0_bar = linear_solve(lambda u: sub(u, pull_x(u)[0]), x_bar, outcome), None
         if decided is not None:
             J = _double_transpose(lambda x: F(θ, x), x)
             tangent = lambda x0_dot: guess.tangent(decided, J, outcome, x0_dot)

@@ -23,7 +23,7 @@ from jax.interpreters import partial_eval
 from jaxtyping import Bool
 
 from . import _labels
-from ._equation import apply, COPIES, opened
+from ._equation import apply, CALLS, COPIES, ELEMENTWISE, opened
 from ._flow import identities, inexact
 from ._labels import EXACT, GIVEN, Labelled, MANY
 
@@ -79,12 +79,12 @@ def _label(jaxpr: jec.Jaxpr | jec.ClosedJaxpr, inputs: Sequence[Labelled]) -> li
     for eqn in jaxpr.eqns:
         operands = [read(v) for v in eqn.invars]
         name = eqn.primitive.name
-        if name in _CALLS:
-            outputs = _label(eqn.params[_CALLS[name]], operands)
+        if name in CALLS:
+            outputs = _label(eqn.params[CALLS[name]], operands)
         elif name in COPIES:
             outputs = operands
         else:
-            rule = _RULES.get(name, _elementwise if name in _ELEMENTWISE else _opaque)
+            rule = _RULES.get(name, _elementwise if name in ELEMENTWISE else _opaque)
             labels = rule(eqn, operands)
             values = apply(eqn, [x.value for x in operands])
             exact = [
@@ -196,9 +196,7 @@ def _neutral(number: int, *places: int) -> Callable:
 
 
 def _product(eqn: jec.JaxprEqn, operands: list[Labelled]) -> list:
-    """A product with 1 hands on the other factor; one with 0 has neither its value nor its
-    derivative.
-    """
+    """A product with 1 hands on the other factor; one with 0 nothing of it."""
     (out,) = _neutral(1, 0, 1)(eqn, operands)
     for x in operands:
         if not isinstance(x.value, Tracer) and not np.any(np.asarray(x.value) == 0):
@@ -278,11 +276,6 @@ def _rounds(
     return out
 
 
-_CALLS = {
-    **dict.fromkeys(("jit", "pjit", "checkpoint", "remat", "remat2"), "jaxpr"),
-    **dict.fromkeys(("closed_call", "core_call"), "call_jaxpr"),
-}
-
 _RULES = {
     **dict.fromkeys(("reshape", "squeeze", "expand_dims", "broadcast_in_dim"), _moving(0)),
     **dict.fromkeys(("transpose", "rev", "slice", "dynamic_slice", "gather"), _moving(0)),
@@ -305,8 +298,3 @@ _RULES = {
     "scan": _scan,
     "while": _while,
 }
-_ELEMENTWISE = frozenset(
-    "abs acos acosh and asin asinh atan atan2 atanh cbrt ceil cos cosh eq exp exp2 expm1 floor ge "
-    "gt imag integer_pow is_finite le log log1p logistic lt ne neg nextafter not or pow real rem "
-    "round rsqrt sign sin sinh sqrt square tan tanh xor".split()
-)

@@ -21,6 +21,18 @@ COPIES = (
     "sharding_constraint",
 )
 
+# Those that call one jaxpr, and the name of that.
+CALLS = {
+    **dict.fromkeys(("jit", "pjit", "checkpoint", "remat", "remat2"), "jaxpr"),
+    **dict.fromkeys(("closed_call", "core_call"), "call_jaxpr"),
+}
+# Those of whose results each entry is a function of the operands' entries at its place.
+ELEMENTWISE = frozenset(
+    "abs acos acosh and asin asinh atan atan2 atanh cbrt ceil cos cosh eq exp exp2 expm1 floor ge "
+    "gt imag integer_pow is_finite le log log1p logistic lt ne neg nextafter not or pow real rem "
+    "round rsqrt sign sin sinh sqrt square tan tanh xor".split()
+)
+
 
 def opened(jaxpr: jec.Jaxpr | jec.ClosedJaxpr) -> jec.Jaxpr:
     """The jaxpr without its constants."""

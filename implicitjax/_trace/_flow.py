@@ -9,7 +9,7 @@ import jax
 import jax.extend.core as jec
 import numpy as np
 
-from ._equation import alone, COPIES, opened
+from ._equation import alone, CALLS, COPIES, opened
 from ._view import Flow, stationary, union, View
 
 
@@ -147,8 +147,7 @@ def _neutral(number: int, *places: int) -> Callable:
 def _product(eqn: jec.JaxprEqn, operands: list[Flow]) -> list[Flow]:
     """A product with 1, or with 0, which has no derivative."""
     (out,) = _neutral(1, 0, 1)(eqn, operands)
-    zero = any(x.exact and (x.number is None or x.number == 0) for x in operands)
-    return [out._replace(exact=out.exact or zero)]
+    return [out._replace(exact=any(x.exact and x.number in (None, 0) for x in operands))]
 
 
 def _call(key: str) -> Callable:
@@ -293,8 +292,7 @@ _RULES = {
     "sub": _neutral(0, 1),
     "mul": _product,
     "div": _neutral(1, 1),
-    **dict.fromkeys(("jit", "pjit", "checkpoint", "remat", "remat2"), _call("jaxpr")),
-    **dict.fromkeys(("closed_call", "core_call"), _call("call_jaxpr")),
+    **{name: _call(key) for name, key in CALLS.items()},
     **dict.fromkeys(("custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr"), _custom),
     "scan": _scan,
     "while": _while,
