@@ -7,7 +7,7 @@ from pathlib import Path
 
 import jax
 
-from . import bar, branches, budget, compiled, derivatives, eager, honesty, solvers
+from . import bar, branches, budget, compiled, derivatives, eager, gradients, honesty, solvers
 from .report import Report
 
 TOPICS = {
@@ -16,6 +16,7 @@ TOPICS = {
     "solvers": solvers.run,
     "branches": branches.run,
     "honesty": honesty.run,
+    "gradients": gradients.run,
     "budget": budget.run,
     "derivatives": derivatives.run,
     "bar": bar.run,
