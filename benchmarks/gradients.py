@@ -1,15 +1,15 @@
 """Is a gradient that is returned right? Random affine maps, by the hundred.
 
 The maps are those of `honesty`, brought to rates up to 0.99999. Of `x = J x + b` the gradient with
-respect to `b` is the solution of the linear system itself: `u = (I - J^T)^-1 w` in reverse mode for a
-cotangent `w`, `u = (I - J)^-1 w` in forward mode for a tangent. A slow mode that `w` holds little of is
-amplified in `u`, and counts as much as it is of `u`. The error is `|u - u*| / |u*|`, Euclidean; `u*`
-comes from a dense factorisation in float64 of the map as rounded to the dtype. A gradient is within
-2 % or refused, which is NaN under `on_failure="nan"`. The guess is the solution, so that gradients
-alone are judged.
+respect to `b` is the solution of the linear system itself: `u = (I - J^T)^-1 w` in reverse mode for
+a cotangent `w`, `u = (I - J)^-1 w` in forward mode for a tangent. A slow mode that `w` holds little
+of is amplified in `u`, and counts as much as it is of `u`. The error is `|u - u*| / |u*|`,
+Euclidean; `u*` comes from a dense factorisation in float64 of the map as rounded to the dtype. A
+gradient is within 2 % or refused, which is NaN under `on_failure="nan"`. The guess is the solution,
+so that gradients alone are judged.
 
-Three sorts of `w`: random; without the slowest mode but for 1e-4 of it; and such that `u` is random,
-so that `w` holds of the slowest mode no more than its gap to 1.
+Three sorts of `w`: random; without the slowest mode but for 1e-4 of it; and such that `u` is
+random, so that `w` holds of the slowest mode no more than its gap to 1.
 """
 
 import functools
@@ -60,9 +60,9 @@ def slowed(rng: Rng, kind: str, n: int) -> Matrix:
     values, right = np.linalg.eig(J)
     if kind != "expanding":
         return J * (rate / np.abs(values).max())
-    k = np.argmin(np.abs(values - 1) + 10 * (values.imag != 0))
+    k = np.argmin(np.abs(values - 1) + 10 * (np.imag(values) != 0))
     left = np.linalg.inv(right)[k]
-    return J + np.outer((rate - values[k]) * right[:, k], left).real
+    return J + np.real(np.outer((rate - values[k]) * right[:, k], left))
 
 
 def weights(rng: Rng, A: Matrix) -> list[np.ndarray]:
@@ -129,7 +129,7 @@ def _program(name: str, mode: str) -> Callable[..., Array]:
 
 
 class Tally(NamedTuple):
-    """Of each gradient: its error, NaN where it was refused, and that of a plain LU in its dtype."""
+    """Of each gradient its error, NaN where refused, and the error of a plain LU in its dtype."""
 
     error: np.ndarray
     plain: np.ndarray

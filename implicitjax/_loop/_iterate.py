@@ -35,7 +35,7 @@ from ._units import normalise, Tolerances
 class Settings(NamedTuple):
     """What the loop is asked for; static.
 
-    - `max_steps`: steps of the solver at the most.
+    - `max_steps`: steps of the solver at the most; an array will do with `early_stop`.
     - `norm`: from a list of arrays to a real scalar.
     - `early_stop`: a `while_loop`, or a `scan` of all steps.
     - `keep_best`: whether a failed solve returns the iterate with the least residual.
@@ -43,7 +43,7 @@ class Settings(NamedTuple):
     - `progress`: called on the host with the step and the estimated error; `True` for a bar.
     """
 
-    max_steps: int
+    max_steps: Any
     norm: Callable[..., Any]
     early_stop: bool
     keep_best: bool
@@ -60,11 +60,13 @@ class Known(NamedTuple):
 
     - `x`, `fx`: an iterate and its value; beside them the first evaluation is a sample.
     - `most`: the largest sample that was seen before, 0 for none.
+    - `part`: of the tolerance, that the residual must be within.
     """
 
     x: list
     fx: list
     most: Float[Array, ""]
+    part: Float[Array, ""]
 
 
 class State(NamedTuple):
@@ -193,7 +195,7 @@ def _start(
         step=step,
         look_at=jnp.zeros((), jnp.int32),
         code=jnp.full((), RUNNING, jnp.int32),
-        seen=seen if known is None else _number.told(seen, known.most),
+        seen=seen if known is None else _number.told(seen, known.most, known.part),
         reference=x0 if solver.steady else None,
         best=(x0, x0, jnp.full((1,), jnp.inf, dtype)) if settings.keep_best else None,
         history=history,
@@ -259,7 +261,7 @@ def _decide(seen: Seen, now: Measured, solver: AbstractSolver) -> Int[Array, " 1
     if solver.steady:
         code = choose(_watch.is_cycle(now, seen), STAGNATED, code)
         code = choose(_watch.has_diverged(seen), DIVERGED, code)
-    code = choose(_number.within(seen.error, now.residual, now.roundoff), CONVERGED, code)
+    code = choose(_number.within(seen, seen.error, now.residual, now.roundoff), CONVERGED, code)
     # Infinite units of the tolerance are no failure: at zero the tolerance may be zero.
     lost = jnp.isnan(now.residual)
     if solver.takes_back:  # but not a guess, nor an iterate that is not finite

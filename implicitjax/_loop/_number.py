@@ -24,7 +24,7 @@ from jaxtyping import Bool, Float, Int
 
 from .._tree import SMALL
 
-# The residual must be a tenth of the tolerance, or round-off.
+# The residual must be a tenth of the tolerance, or less where a caller asks it, or round-off.
 TENTH = 0.1
 # A difference of residuals above so many times the round-off is a sample.
 ABOVE = 4.0
@@ -66,6 +66,7 @@ class Seen(NamedTuple):
     - `best`, `best_at`: the least residual, and its step.
     - `raw`, `first`: the last and the first residual in the units of the unknown.
     - `falls`: the factor of the last step in those units.
+    - `part`: of the tolerance, that the residual must be within.
     """
 
     residual: Number
@@ -85,18 +86,23 @@ class Seen(NamedTuple):
     raw: Number
     first: Number
     falls: Number
+    part: Number
 
 
 def nothing_seen(dtype: jnp.dtype) -> Float[Array, " numbers"]:
     """Before the first evaluation, which is step 0."""
     zero = ("at", "mark_at", "earlier_at", "sample", "before", "most", "best_at")
-    start = [0.0 if name in zero else float("inf") for name in Seen._fields]
-    return jnp.asarray(start, dtype)
+    start = [0.0 if name in zero else float("inf") for name in Seen._fields[:-1]]
+    return jnp.asarray([*start, TENTH], dtype)
 
 
-def told(numbers: Float[Array, " numbers"], most: Float[Array, ""]) -> Float[Array, " numbers"]:
-    """The same, where the largest sample is known from an earlier solve of the same system."""
-    return numbers.at[Seen._fields.index("most")].set(most)
+def told(
+    numbers: Float[Array, " numbers"], most: Float[Array, ""], part: Float[Array, ""]
+) -> Float[Array, " numbers"]:
+    """The same, where an earlier solve of the same system has shown the largest sample, and by it
+    the part of the tolerance that a residual may hide.
+    """
+    return numbers.at[Seen._fields.index("most")].set(most).at[-1].set(part)
 
 
 def cut(numbers: Float[Array, " numbers"]) -> list[Number]:
@@ -145,6 +151,7 @@ def see(seen: Seen, step: Int[Array, ""], now: Measured, sampled: bool) -> Seen:
         raw=now.raw,
         first=lax.select(seen.first < jnp.inf, seen.first, now.raw),
         falls=falls,
+        part=seen.part,
     )
     error = amplification(new, sampled) * jnp.maximum(now.residual, now.roundoff)
     if sampled:
@@ -178,14 +185,14 @@ def still_to_go(rate: Number) -> Number:
     return 1 / jnp.maximum(1 - rate, 0)
 
 
-def within(error: Number, residual: Number, roundoff: Number) -> Bool[Array, " 1"]:
+def within(seen: Seen, error: Number, residual: Number, roundoff: Number) -> Bool[Array, " 1"]:
     """Whether error and residual are within the tolerance: the solve has converged."""
-    return (error <= 1) & small(residual, roundoff)
+    return (error <= 1) & small(seen, residual, roundoff)
 
 
-def small(residual: Number, roundoff: Number) -> Bool[Array, " 1"]:
-    """Whether the residual is within a tenth of the tolerance, or round-off."""
-    return residual <= jnp.maximum(TENTH, LOST * roundoff)
+def small(seen: Seen, residual: Number, roundoff: Number) -> Bool[Array, " 1"]:
+    """Whether the residual is within its part of the tolerance, or round-off."""
+    return residual <= jnp.maximum(seen.part, LOST * roundoff)
 
 
 def steps_to_go(seen: Seen) -> Int[Array, ""]:

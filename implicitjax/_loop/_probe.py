@@ -42,14 +42,14 @@ def settle(
 
     Of a guess nothing else is known: the probe is a sample of the error.
     """
-    unproved = (seen.at == 0) & _number.small(now.residual, now.roundoff)
+    unproved = (seen.at == 0) & _number.small(seen, now.residual, now.roundoff)
     beside = (seen.at == 0) & (seen.sample > 0)  # a known iterate, far enough to be a sample
     ask = (quiet & (code == CONVERGED)) | (unproved & (quiet | beside))
     dr = now.dr if sampled else now.residual - old.residual
     sample = _number.take_sample(now.dx, dr, now.roundoff)
     error = jnp.maximum(sample, old.sample) * jnp.maximum(old.residual, now.roundoff)
     error = jnp.maximum(error, seen.most * now.roundoff)
-    met = (sample > 0) & _number.within(error, old.residual, now.roundoff)
+    met = (sample > 0) & _number.within(seen, error, old.residual, now.roundoff)
     met = probed & ~quiet & (met | (old.at > 0))
     known = lax.select(old.at > 0, old.error, error)
     seen = seen._replace(

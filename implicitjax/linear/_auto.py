@@ -5,14 +5,12 @@ import functools
 from typing import Any
 
 import jax.numpy as jnp
-from jax import lax
 
-from .. import _tree
 from .._check import nonnegative, positive_int
 from .._tree import explicitly_sharded, size
 from ._base import default_rtol, LinearSolution, Operator, PrecisionAware, Vector, with_auto_axes
 from ._bicgstab import products
-from ._bounded import attempt
+from ._bounded import bounded
 from ._by_batch import by_batch
 from ._dense import factorise
 
@@ -81,13 +79,8 @@ class AutoLinearSolver(PrecisionAware):
 
 def matrix_free(A: Operator, b: Vector, epsilon: float, rtol: Any = None) -> LinearSolution:
     """`A u = b` by products alone."""
-
-    def again(carry: tuple) -> tuple:
-        k, out, most = carry
-        # A loop of one round at most is a conditional that vmap does not turn into a select.
-        take_over = lambda carry: (jnp.zeros((), bool), krylov(carry[1]))
-        _, start = lax.while_loop(lambda c: c[0], take_over, (k == 1, out.value))
-        return k + 1, *attempt(A, b, start, epsilon, rtol, limit, most)
+    krylov_rtol = default_rtol(b[0].dtype) if rtol is None else rtol
+    limit = min(10 * size(b), 1000)
 
     def krylov(start: Vector) -> Vector:
         try:
@@ -97,10 +90,4 @@ def matrix_free(A: Operator, b: Vector, epsilon: float, rtol: Any = None) -> Lin
         except (ValueError, NotImplementedError):
             return start  # JAX transposes `A` there, and a map that holds a `while_loop` cannot be
 
-    krylov_rtol = default_rtol(b[0].dtype) if rtol is None else rtol
-    limit = min(10 * size(b), 1000)
-    zero = jnp.zeros((), b[0].dtype)
-    nothing = LinearSolution(b, zero, zero, zero, jnp.zeros((), bool))
-    unfinished = lambda carry: ~carry[1].trusted & (carry[0] < 2)
-    start = jnp.zeros((), jnp.int32), nothing, jnp.zeros((), _tree.accumulation_dtype(b))
-    return lax.while_loop(unfinished, again, start)[1]
+    return bounded(A, b, b, epsilon, rtol, limit, krylov)

@@ -140,11 +140,15 @@ def default_rtol(dtype: jnp.dtype) -> float:
     return float(jnp.finfo(dtype).eps) ** (2 / 3)
 
 
-def probe(like: Vector) -> Vector:
-    """A vector without a pattern and of unit mean square, to sample what an operator does."""
+def probe(like: Vector, first: Any = 0) -> Vector:
+    """A vector without a pattern and of unit mean square, to sample what an operator does.
+
+    `first`: a number, of which it depends; traced, it keeps the compiler from folding a constant.
+    """
     out, start = [], 1
     for leaf in like:
         index = jnp.arange(start, start + leaf.size, dtype=leaf.dtype).reshape(leaf.shape)
+        index = index + jnp.asarray(first).astype(leaf.dtype)
         sample = math.sqrt(2) * jnp.sin(index * index)
         if explicitly_sharded(leaf):
             sample = reshard(sample, jax.typeof(leaf).sharding)

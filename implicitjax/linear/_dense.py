@@ -34,6 +34,11 @@ def _unravel(flat: Float[Array, " n"], like: Vector) -> Vector:
     return out
 
 
+# A singular value of so many units of round-off beside the largest may be 0. What rounding leaves
+# of a gauge freedom is less than one, whatever the size; a regular slow mode soon is more.
+_FREE = 4
+
+
 class DenseLU(PrecisionAware):
     """Forms `A`, factorises it with partial pivoting, refines once and measures the error.
 
@@ -42,7 +47,7 @@ class DenseLU(PrecisionAware):
     `g = (I + |I - A|) |u| + |b|`. It does not depend on the units of equations or unknowns. Where
     it says that fewer than a third of the digits are left, `A` counts as singular. The one singular
     system that is solved is one with a gauge freedom: when its equations and unknowns are scaled,
-    some singular values are round-off, `sigma <= n eps sigma_max`, the right-hand side has nothing
+    some singular values are round-off, `sigma <= 4 eps sigma_max`, the right-hand side has nothing
     but round-off along them, and the rest of `A` is regular. Its solution is that of least norm in
     the scaled unknowns. Everything between is not trusted.
 
@@ -123,7 +128,7 @@ def _without_gauge(
     left, values, right = jnp.linalg.svd(matrix * rows[:, None] * columns[None])
     along = left.T @ (rhs * rows)
     round_off = rhs.size * epsilon
-    free = values <= round_off * values[0]
+    free = values <= _FREE * epsilon * values[0]
     kept = jnp.where(free, values[0], values)
     along_free = jnp.where(free, jnp.abs(along), 0.0)
     consistent = jnp.max(along_free) <= round_off * jnp.linalg.norm(along)

@@ -102,3 +102,43 @@ def test_16_rows_of_very_different_units_are_not_singular():
     exact = np.linalg.solve(np.eye(n) - K, np.ones(n)).sum()
     for mode in (jax.grad, jax.jacfwd):
         np.testing.assert_allclose(mode(value)(0.0), exact, rtol=1e-6)
+
+
+def solutions(spectra, of_w, solver):
+    """The gradients with respect to `b` of `x = J x + b` in float32, symmetric `J`, side by side,
+    and their references; `of_w` of a matrix is the cotangent."""
+    n = len(spectra[0])
+    Q = [np.linalg.qr(np.random.default_rng(i).normal(size=(n, n)))[0] for i in range(len(spectra))]
+    J = np.stack([q @ np.diag(s) @ q.T for q, s in zip(Q, spectra, strict=True)]).astype("float32")
+    w = np.stack([of_w(np.eye(n) - j.astype(float), i) for i, j in enumerate(J)]).astype("float32")
+
+    def gradient(J, w):
+        def value(b):
+            adjoint = ij.ImplicitAdjoint(linear_solver=solver)
+            options = {"adjoint": adjoint, "solver": ij.Picard(), "on_failure": "nan"}
+            f = lambda x: jnp.dot(J, x, precision="highest") + b
+            return ij.implicit_fixed_point(f, jnp.zeros_like(b), **options).value
+
+        return jax.vjp(value, jnp.zeros_like(w))[1](w)[0]
+
+    found = np.asarray(jax.jit(jax.vmap(gradient))(J, w), np.float64)
+    A = np.eye(n) - J.swapaxes(1, 2).astype(float)
+    exact = np.linalg.solve(A, w.astype(float)[..., None])[..., 0]
+    off = np.linalg.norm(found - exact, axis=1) / np.linalg.norm(exact, axis=1)
+    assert not (off > 0.02).any(), off
+    return ~np.isnan(off)
+
+
+@pytest.mark.parametrize("solver", [SOLVERS[0], *SOLVERS[2:4]], ids=repr)
+def test_16_a_slow_mode_that_the_residual_hides(solver):
+    """The solution is random; of the right-hand side the slow mode is as little as its gap."""
+    gaps = np.repeat([1e-2, 1e-3, 2e-4, 5e-5, 1e-5], 6)
+    spectra = [np.r_[1 - gap, np.linspace(-0.5, 0.5, 39)] for gap in gaps]
+    of_w = lambda A, i: A @ np.random.default_rng(100 + i).normal(size=40)
+    solved = solutions(spectra, of_w, solver)
+    assert solved[gaps >= 1e-3].all()
+
+
+def test_16_a_slow_mode_of_forty_units_of_round_off_is_no_gauge():
+    spectra = 4 * [np.r_[1 - 1e-5, np.linspace(-4, 0.5, 39)]]
+    solutions(spectra, lambda A, i: A @ np.random.default_rng(i).normal(size=40), ij.DenseLU())
