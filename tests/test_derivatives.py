@@ -128,6 +128,18 @@ def test_the_guess_has_no_derivative_but_a_carried_leaf_has():
     )
 
 
+@pytest.mark.parametrize("rule", ["jvp", "vjp"])
+def test_what_is_told_of_a_solve_has_no_derivative(rule):
+    def told(a):
+        adjoint = ij.ImplicitAdjoint(rule=rule)
+        solution = ij.implicit_fixed_point(lambda x: jnp.cos(a * x), 0.0, adjoint=adjoint)
+        stats = solution.stats
+        return stats.residual_norm + stats.error_estimate + stats.contraction_rate
+
+    derivative = jax.jacfwd if rule == "jvp" else jax.jacrev
+    assert derivative(told)(1.0) == 0.0
+
+
 def test_aux_has_its_own_exact_derivative():
     def solve(a):
         solution = ij.implicit_fixed_point(

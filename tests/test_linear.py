@@ -122,3 +122,78 @@ def test_an_equation_without_unknowns_leaves_its_unknown_to_the_guess():
     assert out.trusted
     np.testing.assert_allclose(out.value[0], [0.0, 2.0])
     assert not ij.DenseLU().solve(lambda v: [A @ v[0]], [jnp.array([1.0, 4.0])]).trusted
+
+
+@pytest.mark.parametrize("solver", [ij.AutoLinearSolver(), ij.GMRES(), ij.BiCGStab()], ids=repr)
+def test_a_method_that_was_told_no_accuracy_takes_one(solver):
+    looser = solver.within(0.1)
+    assert looser.rtol == 0.1 and looser.within(0.2).rtol == 0.1
+
+
+@pytest.mark.parametrize(("n", "steps", "restart"), [(4, 40, 4), (200, 1000, 30)])
+def test_krylov_methods_take_ten_steps_a_number_and_a_thousand_at_most(
+    n, steps, restart, monkeypatch
+):
+    asked = {}
+    for name in ("gmres", "bicgstab"):
+        method = getattr(jax.scipy.sparse.linalg, name)
+        spy = lambda A, b, name=name, method=method, **k: (
+            asked.update({name: k}) or method(A, b, **k)
+        )
+        monkeypatch.setattr(jax.scipy.sparse.linalg, name, spy)
+    for solver in (ij.GMRES(), ij.BiCGStab()):
+        assert solver.solve(lambda v: [2 * v[0]], [jnp.ones(n)]).trusted
+    assert asked["bicgstab"]["maxiter"] == steps
+    assert asked["gmres"]["restart"] == restart
+    assert asked["gmres"]["maxiter"] == -(-steps // restart)  # rounds of `restart` products
+
+
+@pytest.mark.parametrize("k", [1, 5])
+def test_so_many_terms_of_the_series_leave_a_power(k):
+    """Of `A = (1 - q) I` the series has the sum `(1 - q^k) / (1 - q) b`, and leaves `q^k b`."""
+    q, b = 0.9, np.array([3.0, -4.0])
+    A = lambda v: [(1 - q) * v[0]]
+    asked = ij.Neumann(terms=k).solve(A, [jnp.asarray(b)])
+    np.testing.assert_allclose(asked.value[0], (1 - q**k) / (1 - q) * b, rtol=1e-14)
+    np.testing.assert_allclose(asked.residual, q**k, rtol=1e-14)
+    assert asked.trusted and asked.tolerance == np.inf and asked.condition == 1
+    ended = ij.Neumann(max_steps=k).solve(A, [jnp.asarray(b)])
+    assert not ended.trusted
+    np.testing.assert_allclose(ended.residual, q**k, rtol=1e-14)
+    assert ended.tolerance < ended.residual
+
+
+@pytest.mark.parametrize("size", [1e-6, 1e6])
+def test_the_series_is_summed_until_little_of_the_right_hand_side_is_left(size):
+    A, b = system()
+    out = ij.Neumann().solve(lambda v: [A @ v[0]], [size * b])
+    assert out.trusted
+    np.testing.assert_allclose(out.value[0], size * np.linalg.solve(A, b), rtol=1e-9)
+
+
+def test_a_gauge_of_a_matrix_that_is_not_symmetric():
+    """Rank 2 of 3, and rows and columns of three scales."""
+    rng = np.random.default_rng(0)
+    left, right = rng.normal(size=(3, 2)), rng.normal(size=(2, 3))
+    A = np.diag([1.0, 2.0, 4.0]) @ left @ right
+    b = A @ np.array([1.0, -2.0, 3.0])
+    out = ij.DenseLU().solve(lambda v: [jnp.asarray(A) @ v[0]], [jnp.asarray(b)])
+    assert out.trusted
+    np.testing.assert_allclose(A @ out.value[0], b, rtol=1e-12)
+
+
+def test_a_gauge_beside_an_equation_that_is_nearly_lost_is_not_trusted():
+    A = jnp.array([[1.0, -1.0, 0.0], [-1.0, 1.0, 0.0], [0.0, 0.0, 1e-12]])
+    out = ij.DenseLU().solve(lambda v: [A @ v[0]], [jnp.array([1.0, -1.0, 0.0])])
+    assert not out.trusted
+
+
+@pytest.mark.parametrize(
+    ("solver", "in_turn"), [(ij.DenseLU(), True), (ij.AutoLinearSolver(), False)], ids=repr
+)
+def test_a_batch_of_factorisations_waits_for_none_of_its_own(solver, in_turn):
+    """One after another on a CPU, where each of several would wait for the same threads."""
+    solve = jax.vmap(lambda a, b: solver.solve(lambda v: [a * v[0]], [b]).value[0])
+    a, b = jnp.array([[1.0, 2.0], [3.0, 4.0]]), jnp.array([[2.0, 2.0], [6.0, 2.0]])
+    assert ("platform_index" in str(jax.make_jaxpr(solve)(a, b))) is in_turn
+    np.testing.assert_allclose(solve(a, b), b / a, rtol=1e-12)

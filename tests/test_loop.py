@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 import implicitjax as ij
-from implicitjax._loop import _number, Tolerances
+from implicitjax._loop import _number, _probe, _watch, held_to_its_own, nothing_to_solve, Tolerances
 from implicitjax._loop._number import Measured, Seen
+from implicitjax._loop._outcome import ACCEPTED, CONVERGED, MAX_STEPS, PROBING, RUNNING
 from implicitjax._loop._units import normalise
 from implicitjax._packing import packing, whole
 
@@ -335,6 +336,181 @@ def test_a_norm_that_overflows_is_the_largest_number_and_nan_stays():
     norms = [float(n[0]) for n in _number.measure(ij.rms_norm, vectors)]
     assert norms[:2] == 2 * [np.finfo(np.float64).max]
     assert np.isnan(norms[2])
+
+
+# --- what is seen by looking back -----------------------------------------------------------------
+
+
+def looking_back(**fields: float) -> Seen:
+    return nothing()._replace(**{name: number(value) for name, value in fields.items()})
+
+
+@pytest.mark.parametrize(("mean", "patience"), [(1.0, 64), (0.99, 164)])
+def test_noise_is_what_has_not_improved_for_as_long_as_a_mode_takes_to_fade(mean, patience):
+    def noise(residual, waited):
+        now = Measured(*(number(v) for v in (residual, 1.0, 0.0, 0.0, 0.0)))
+        seen = looking_back(mean=mean, at=1000.0, best_at=1000.0 - waited)
+        return bool(_watch.is_noise(seen, now)[0])
+
+    assert noise(100.0, patience + 1e-6) and not noise(100.0, patience - 0.5)
+    assert not noise(101.0, 1000.0)
+
+
+def test_a_cycle_is_a_method_that_moves_and_came_back_to_the_last_digit():
+    def cycle(residual, dx, at):
+        now = Measured(*(number(v) for v in (residual, 1.0, 0.0, dx, 0.0)))
+        return bool(_watch.is_cycle(now, looking_back(at=at))[0])
+
+    assert cycle(101.0, 1.0, 1.0)
+    assert not cycle(99.0, 1.0, 1.0) and not cycle(101.0, 1.1, 1.0) and not cycle(101.0, 1.0, 0.0)
+
+
+def test_what_has_grown_beyond_return_diverges():
+    grown = lambda raw: bool(_watch.has_diverged(looking_back(first=3.0, raw=raw))[0])
+    limit = 3.0 * EPS**-2.9
+    assert grown(1.001 * limit) and not grown(0.999 * limit)
+
+
+# --- a look aside -------------------------------------------------------------------------------
+
+
+def measured(residual=0.0, roundoff=0.0, raw=0.0, dx=0.0, dr=0.0) -> Measured:
+    return Measured(*map(number, (residual, roundoff, raw, dx, dr)))
+
+
+def settled(
+    code: int,
+    old: Seen,
+    seen: Seen,
+    now: Measured,
+    probed: bool = False,
+    quiet: bool = False,
+    sampled: bool = True,
+) -> tuple[int, Seen]:
+    flags = jnp.asarray(probed), jnp.asarray([code], jnp.int32), jnp.asarray([quiet])
+    code, seen = _probe.settle(*flags, old, seen, now, sampled)
+    return int(code), seen
+
+
+def test_a_solve_that_would_end_with_a_quiet_leaf_looks_aside():
+    ends = looking_back(at=3.0), measured(residual=0.05)
+    assert settled(CONVERGED, nothing(), *ends, quiet=True)[0] == PROBING
+    assert settled(CONVERGED, nothing(), *ends)[0] == CONVERGED
+    assert settled(RUNNING, nothing(), *ends, quiet=True)[0] == RUNNING
+
+
+def test_a_guess_whose_residual_is_small_is_probed_where_it_shows_nothing():
+    small, guess = measured(residual=0.05), looking_back(at=0.0, sample=0.0)
+    assert settled(RUNNING, nothing(), guess, small, quiet=True)[0] == PROBING
+    assert settled(RUNNING, nothing(), guess, small)[0] == RUNNING
+    beside = looking_back(at=0.0, sample=2.0)  # an iterate that was known before
+    assert settled(RUNNING, nothing(), beside, small)[0] == PROBING
+    assert settled(RUNNING, nothing(), beside, measured(residual=0.2))[0] == RUNNING
+    later = looking_back(at=1.0, sample=2.0)
+    assert settled(RUNNING, nothing(), later, small, quiet=True)[0] == RUNNING
+
+
+def test_an_iterate_that_shows_a_residual_beside_it_is_accepted_with_its_own_numbers():
+    names = {"error": 0.5, "residual": 0.05, "raw": 7.0, "falls": 0.4}
+    old = looking_back(at=4.0, sample=1.0, **names)
+    seen = looking_back(at=5.0, sample=1.0, most=1.0, error=9.0, residual=9.0, raw=9.0, falls=9.0)
+    now = measured(residual=5.0, roundoff=0.01, dx=2.0, dr=4.0)
+    code, out = settled(CONVERGED, old, seen, now, probed=True)
+    assert code == ACCEPTED
+    assert {name: float(getattr(out, name)[0]) for name in names} == names
+    code, out = settled(RUNNING, old, seen, now, probed=True, quiet=True)
+    assert code == RUNNING and out.error == out.residual == out.raw == out.falls == 9.0
+    assert settled(RUNNING, old, seen, now)[0] == RUNNING
+
+
+@pytest.mark.parametrize(
+    ("sampled", "sample", "most", "residual", "error"),
+    [
+        (True, 0.0, 0.0, 0.05, 2 / 4 * 0.05),  # `|dx| / |dr|` of the residual
+        (False, 0.0, 0.0, 0.05, 2 / 4.95 * 0.05),  # of a steady method the residuals differ by that
+        (True, 10.0, 0.0, 0.05, 10 * 0.05),  # the larger of two samples
+        (True, 0.0, 60.0, 0.05, 60 * 0.01),  # round-off, amplified by the largest of all
+        (True, 0.0, 0.0, 0.001, 2 / 4 * 0.01),  # a residual below round-off counts as that
+        (True, 30.0, 0.0, 0.05, None),
+        (True, 0.0, 0.0, 0.2, None),  # above a tenth of the tolerance
+    ],
+)
+def test_of_a_guess_the_probe_is_a_sample(sampled, sample, most, residual, error):
+    old = looking_back(at=0.0, residual=residual, sample=sample)
+    seen = looking_back(at=1.0, most=most, error=9.0)
+    now = measured(residual=5.0, roundoff=0.01, dx=2.0, dr=4.0)
+    code, out = settled(RUNNING, old, seen, now, probed=True, sampled=sampled)
+    assert code == (RUNNING if error is None else ACCEPTED)
+    np.testing.assert_allclose(out.error, 9.0 if error is None else error, rtol=1e-12)
+
+
+def test_of_a_guess_a_probe_that_shows_no_sample_proves_nothing():
+    old, seen = looking_back(at=0.0, residual=0.05), looking_back(at=1.0, most=0.0)
+    now = measured(residual=5.0, roundoff=0.01, dx=2.0, dr=0.03)
+    assert settled(RUNNING, old, seen, now, probed=True)[0] == RUNNING
+
+
+def test_it_looks_along_the_residual_and_else_towards_zero():
+    """Two tolerances, in the norm along the residual or in each entry; no entry moves by more than
+    `2 sqrt(n)` times that, and at zero it moves upwards.
+    """
+    x, unit = np.array([1.0, -2.0, 0.0, 3.0]), np.array([0.1, 0.2, 0.3, 0.4])
+
+    def aside(r, residual, probing=True):
+        args = ([jnp.asarray(x)], [jnp.asarray(r)], [jnp.asarray(unit)])
+        now = measured(residual=residual)
+        return _probe.turn_aside([jnp.full(4, 7.0)], jnp.asarray(probing), *args, now)[0]
+
+    r = np.array([0.4, -0.3, 0.0, 1e9])
+    np.testing.assert_array_equal(aside(r, 5.0, probing=False), np.full(4, 7.0))
+    towards_zero = [1.0 - 0.2, -2.0 + 0.4, 0.6, 3.0 - 0.8]
+    expected = [1.0 + 0.4 * 2 / 5, -2.0 - 0.3 * 2 / 5, *towards_zero[2:]]
+    np.testing.assert_allclose(aside(r, 5.0), expected, rtol=1e-14)
+    np.testing.assert_allclose(aside(r, 0.0), towards_zero, rtol=1e-14)
+    r = np.array([0.79, 0.81, -1.59, -3.3])  # the last by more than eight tolerances
+    expected = [1.0 + 0.79, -2.0 + 0.81, -1.59, 3.0 - 0.8]
+    np.testing.assert_allclose(aside(r, 2.0), expected, rtol=1e-14)
+
+
+def test_a_leaf_is_quiet_whose_residual_is_down_to_roundoff():
+    leaves = [jnp.zeros(2), jnp.zeros(3)]
+    layout = packing(leaves)
+
+    def quiet(first, second):
+        r = layout.pack([jnp.full(2, first), jnp.full(3, second)])
+        ones = list(map(jnp.ones_like, r))
+        return bool(_probe.is_quiet(measured(9.0, 1.0), r, ones, layout)[0])
+
+    assert not quiet(4.1, -4.1) and quiet(3.9, 9.0) and quiet(9.0, -3.9) and quiet(9.0, np.nan)
+    one = lambda r: bool(_probe.is_quiet(measured(r, 1.0), [], [], whole(leaves[:1]))[0])
+    assert not one(4.1) and one(4.0) and one(np.nan)
+
+
+@pytest.mark.parametrize(
+    ("residual", "off", "code"),
+    [
+        (1.0, 9.0, CONVERGED),
+        (1.01, 9.0, MAX_STEPS),
+        (1.01, 2.0, CONVERGED),
+        (1.01, 2.01, MAX_STEPS),
+    ],
+)
+def test_the_answer_of_another_solver_is_held_to_the_larger_tolerance(residual, off, code):
+    """Either its residual is within one tolerance of the larger, or its error within two."""
+    x, unit = [jnp.asarray([4.0])], 0.25
+    x0 = [x[0] - off * unit]
+    fx0 = [x0[0] + residual * unit]
+    pair = tolerances(x, 0.0, unit), tolerances(x, 0.0, unit / 8)
+    outcome = held_to_its_own(x0, fx0, x, nothing_to_solve(None), pair, ij.rms_norm)
+    assert outcome.code == code
+    np.testing.assert_allclose(outcome.numbers[2], 0.0 if code == CONVERGED else off)
+
+
+def test_a_norm_that_drops_nan_does_not_hide_it():
+    norm = lambda leaves: jnp.nanmax(jnp.abs(jnp.stack([jnp.nan_to_num(v) for v in leaves])))
+    f = lambda x: jnp.stack([0.5 * x[0], jnp.log(x[1])])
+    solution = ij.implicit_fixed_point(f, jnp.array([1.0, -1.0]), norm=norm, on_failure="return")
+    assert solution.result == ij.Result.nonfinite
 
 
 # --- the unit -----------------------------------------------------------------------------------

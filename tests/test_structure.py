@@ -303,6 +303,57 @@ def test_carried_entries_are_counted_at_the_guess():
     assert re.search(r"feedback +3 of 3 leaves, +6 of 10 numbers", text)
 
 
+EIGHT, HALF = jnp.arange(8) % 2 == 0, jnp.asarray(0.5)
+# How many of the entries -1.5, -1, 0, 0.5, 1, 1, 2, 3 a map hands on, with the derivative 1.
+HANDS_ON = {
+    "clamp": (lambda k: jax.lax.clamp(-1.0, k, 1.0), 2),  # at a bound JAX has the derivative 0
+    "clip": (lambda k: jnp.clip(k, -1.0, 2.0), 4),  # at a bound JAX has the derivative 1/2
+    "maximum": (lambda k: jnp.maximum(k, 1.0), 2),
+    "minimum": (lambda k: jnp.minimum(k, HALF), 3),
+    "times one": (lambda k: k * jnp.where(EIGHT, 1.0, 2.0), 4),
+    "one times": (lambda k: jnp.where(EIGHT, 2.0, 1.0) * k, 4),
+    "plus zero": (lambda k: k + jnp.where(EIGHT, 0.0, 2.0), 4),
+    "zero plus": (lambda k: jnp.where(EIGHT, 2.0, 0.0) + k, 4),
+    "minus zero": (lambda k: k - jnp.where(EIGHT, 0.0, 2.0), 4),
+    "zero minus": (lambda k: jnp.where(EIGHT, 0.0, 2.0) - k, 0),
+    "over one": (lambda k: k / jnp.where(EIGHT, 1.0, 2.0), 4),
+    "one over": (lambda k: jnp.where(EIGHT, 1.0, 2.0) / (k + 9), 0),
+    "where": (lambda k: jnp.where(EIGHT, k, jnp.sin(k)), 4),
+    "where by itself": (lambda k: jnp.where(k > 0.7, k, jnp.sin(k)), 4),
+    "where by a sum": (lambda k: jnp.where(k.sum() > 0.7, k, jnp.sin(k)), 0),
+    "set": (lambda k: k.at[:3].set(0.5 * k[1:4]), 5),
+    "added": (lambda k: k.at[:3].add(0.5 * k[1:4]), 5),
+    "rolled": (lambda k: jnp.roll(k, 1), 0),
+    "turned twice": (lambda k: jnp.where(EIGHT, k[::-1][::-1], 0.0), 4),
+    "padded": (lambda k: jnp.pad(k[1:-1], 1), 6),
+    "joined": (lambda k: jnp.concatenate([k[:3], jnp.cos(k[3:6]), k[6:]]), 5),
+    "sliced where the unknown says": (
+        lambda k: jax.lax.dynamic_slice(jnp.concatenate([k, k]), (jnp.argmax(k) - 7,), (8,)),
+        0,
+    ),
+    "a branch": (lambda k: jax.lax.cond(True, lambda k: k.at[0].set(0.0), jnp.sin, k), 0),
+    "branches": (
+        lambda k: jax.lax.cond(EIGHT[0], lambda k: k.at[0].set(0.0), lambda k: k.at[1].set(0.0), k),
+        6,
+    ),
+    "a loop": (lambda k: jax.lax.fori_loop(0, 3, lambda i, k: k.at[:2].multiply(0.5), k), 6),
+    "a scan": (lambda k: jax.lax.scan(lambda k, t: (k.at[0].add(t), t), k, jnp.ones(3))[0], 7),
+    "a loop while": (
+        lambda k: jax.lax.while_loop(lambda k: k[0] < 9, lambda k: k.at[0].add(HALF), k),
+        7,
+    ),
+}
+
+
+@pytest.mark.parametrize("how", HANDS_ON)
+def test_single_entries_that_are_handed_on(how):
+    f, count = HANDS_ON[how]
+    k = jnp.asarray([-1.5, -1.0, 0.0, 0.5, 1.0, 1.0, 2.0, 3.0])
+    step = lambda s: {"k": f(s["k"]), "x": 0.5 * s["x"] + s["k"].sum()}
+    table = ij.structure(step, {"k": k, "x": jnp.asarray(0.0)})
+    assert {leaf.path: leaf.handed_on for leaf in table.leaves} == {"x0['k']": count, "x0['x']": 0}
+
+
 ORDINARY = {
     "layer": lambda x: jnp.tanh(W @ x + 1),
     "damped": lambda x: 0.5 * x + 0.5 * jnp.cos(x),
