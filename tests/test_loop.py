@@ -388,8 +388,8 @@ def settled(
     sampled: bool = True,
 ) -> tuple[int, Seen]:
     flags = jnp.asarray(probed), jnp.asarray([code], jnp.int32), jnp.asarray([quiet])
-    code, seen = _probe.settle(*flags, old, seen, now, sampled)
-    return int(code), seen
+    settles, seen = _probe.settle(*flags, old, seen, now, sampled)
+    return int(settles), seen
 
 
 def test_a_solve_that_would_end_with_a_quiet_leaf_looks_aside():
