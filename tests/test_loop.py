@@ -27,6 +27,10 @@ def nothing(dtype: Any = np.float64) -> Seen:
     return Seen(*_number.cut(_number.nothing_seen(jnp.dtype(dtype))))
 
 
+def measured(residual=0.0, roundoff=0.0, raw=0.0, dx=0.0, dr=0.0) -> Measured:
+    return Measured(*map(number, (residual, roundoff, raw, dx, dr)))
+
+
 def watch(
     residuals: Any,
     roundoff: float = 0.0,
@@ -348,21 +352,21 @@ def looking_back(**fields: float) -> Seen:
 @pytest.mark.parametrize(("mean", "patience"), [(1.0, 64), (0.99, 164)])
 def test_noise_is_what_has_not_improved_for_as_long_as_a_mode_takes_to_fade(mean, patience):
     def noise(residual, waited):
-        now = Measured(*(number(v) for v in (residual, 1.0, 0.0, 0.0, 0.0)))
+        now = measured(residual, roundoff=0.1)
         seen = looking_back(mean=mean, at=1000.0, best_at=1000.0 - waited)
         return bool(_watch.is_noise(seen, now)[0])
 
-    assert noise(100.0, patience + 1e-6) and not noise(100.0, patience - 0.5)
-    assert not noise(101.0, 1000.0)
+    assert noise(9.9, patience + 1e-6) and not noise(9.9, patience - 0.5)
+    assert not noise(10.1, 1000.0)
 
 
 def test_a_cycle_is_a_method_that_moves_and_came_back_to_the_last_digit():
     def cycle(residual, dx, at):
-        now = Measured(*(number(v) for v in (residual, 1.0, 0.0, dx, 0.0)))
+        now = measured(residual, roundoff=0.1, dx=dx)
         return bool(_watch.is_cycle(now, looking_back(at=at))[0])
 
-    assert cycle(101.0, 1.0, 1.0)
-    assert not cycle(99.0, 1.0, 1.0) and not cycle(101.0, 1.1, 1.0) and not cycle(101.0, 1.0, 0.0)
+    assert cycle(10.1, 0.1, 1.0)
+    assert not cycle(9.9, 0.1, 1.0) and not cycle(10.1, 0.11, 1.0) and not cycle(10.1, 0.1, 0.0)
 
 
 def test_what_has_grown_beyond_return_diverges():
@@ -372,10 +376,6 @@ def test_what_has_grown_beyond_return_diverges():
 
 
 # --- a look aside -------------------------------------------------------------------------------
-
-
-def measured(residual=0.0, roundoff=0.0, raw=0.0, dx=0.0, dr=0.0) -> Measured:
-    return Measured(*map(number, (residual, roundoff, raw, dx, dr)))
 
 
 def settled(
