@@ -52,7 +52,12 @@ LINEAR = (
     "test_failures::test_a_lane_that_is_masked_away_has_the_gradient_zero",
     "test_derivatives::test_neumann_with_few_terms_is_the_phantom_gradient",
 )
-STRUCTURE = ("test_structure",)
+STRUCTURE = (
+    "test_structure::test_single_entries_that_are_handed_on",
+    "test_structure::test_the_roles_are_seen_through_calls",
+    "test_structure::test_loops_and_branches_are_seen_through",
+    "test_structure",
+)
 RULES = (
     "test_derivatives::test_the_guess_has_no_derivative_but_a_carried_leaf_has",
     "test_derivatives::test_what_is_told_of_a_solve_has_no_derivative",

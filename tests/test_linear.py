@@ -7,6 +7,7 @@ import pytest
 
 import implicitjax as ij
 
+EPS = float(np.finfo(np.float64).eps)
 SOLVERS = [ij.AutoLinearSolver(), ij.DenseLU(), ij.GMRES(), ij.BiCGStab(), ij.Neumann()]
 
 
@@ -193,7 +194,62 @@ def test_a_gauge_beside_an_equation_that_is_nearly_lost_is_not_trusted():
 )
 def test_a_batch_of_factorisations_waits_for_none_of_its_own(solver, in_turn):
     """One after another on a CPU, where each of several would wait for the same threads."""
-    solve = jax.vmap(lambda a, b: solver.solve(lambda v: [a * v[0]], [b]).value[0])
+    c = jnp.array([0.5, 2.0])  # the same for all
+    solve = jax.vmap(lambda a, b: solver.solve(lambda v: [a * c * v[0]], [b]).value[0])
     a, b = jnp.array([[1.0, 2.0], [3.0, 4.0]]), jnp.array([[2.0, 2.0], [6.0, 2.0]])
     assert ("platform_index" in str(jax.make_jaxpr(solve)(a, b))) is in_turn
-    np.testing.assert_allclose(solve(a, b), b / a, rtol=1e-12)
+    np.testing.assert_allclose(solve(a, b), b / (a * c[None]), rtol=1e-12)
+
+
+@pytest.mark.parametrize("a", [-1e6, -0.5, 1e-4, 1.0, 1e6])
+def test_the_condition_of_one_equation_counts_what_has_cancelled(a):
+    """Of `a u = b` with `a = 1 - j` the products are as precise as `1 + |j|` and `|b|` are."""
+    b = 3.0
+    out = ij.DenseLU().solve(lambda v: [a * v[0]], [jnp.array([b])])
+    expected = ((1 + abs(1 - a)) * abs(b / a) + abs(b)) / abs(b)
+    assert expected / 3 < out.condition < 3 * expected
+
+
+@pytest.mark.parametrize("size", [1e-3, 1e3])
+@pytest.mark.parametrize("solver", [ij.AutoLinearSolver(dense_limit=1), ij.GMRES()], ids=repr)
+def test_of_a_multiple_of_the_identity_the_condition_is_small(solver, size):
+    out = solver.solve(lambda v: [4 * v[0]], [size * jnp.arange(1.0, 4.0)])
+    assert 1 - 1e-6 < out.condition < 20
+
+
+class Told(ij.AbstractLinearSolver):
+    """Of the identity, with the quality that it is told."""
+
+    residual: float
+    condition: float
+    tolerance: float = 1e-9
+    trusted: bool = False
+
+    def solve(self, A, b):
+        told = (self.residual, self.tolerance, self.condition)
+        return ij.LinearSolution(b, *map(jnp.asarray, told), jnp.asarray(self.trusted))
+
+
+@pytest.mark.parametrize(
+    ("solver", "finite"),
+    [
+        (Told(0.09, 1.0), True),
+        (Told(0.1, 1.0), False),
+        (Told(0.11, 1.0), False),
+        (Told(0.0, 0.09 / EPS), True),
+        (Told(0.0, 0.11 / EPS), False),
+        (Told(0.9, 1.0, np.inf, True), True),  # an approximation that was asked for
+        (Told(0.9, 1.0, np.inf), False),
+        (Told(0.9, 1.0, 1.0, True), False),
+    ],
+    ids=repr,
+)
+def test_a_derivative_that_may_be_approximate_solves_most_of_its_system(solver, finite):
+    adjoint = ij.ImplicitAdjoint(linear_solver=solver)
+    f = lambda x, a: 0 * x + a
+    solve = lambda a: ij.implicit_fixed_point(
+        f, 0.0, a, adjoint=adjoint, on_failure="return"
+    ).value  # fmt: skip
+    derivative = jax.jvp(solve, (1.0,), (2.0,))[1]
+    assert derivative == 2.0 if finite else jnp.isnan(derivative)
+    assert jax.jvp(solve, (1.0,), (0.0,))[1] == 0.0
