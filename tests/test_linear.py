@@ -226,8 +226,9 @@ class Told(ij.AbstractLinearSolver):
     trusted: bool = False
 
     def solve(self, A, b):
-        told = (self.residual, self.tolerance, self.condition)
-        return ij.LinearSolution(b, *map(jnp.asarray, told), jnp.asarray(self.trusted))
+        told = self.residual, self.tolerance, self.condition
+        residual, tolerance, condition = map(jnp.asarray, told)
+        return ij.LinearSolution(b, residual, tolerance, condition, jnp.asarray(self.trusted))
 
 
 @pytest.mark.parametrize(

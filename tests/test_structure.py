@@ -303,7 +303,7 @@ def test_carried_entries_are_counted_at_the_guess():
     assert re.search(r"feedback +3 of 3 leaves, +6 of 10 numbers", text)
 
 
-EIGHT, HALF = jnp.arange(8) % 2 == 0, jnp.asarray(0.5)
+EIGHT, HALF, NINE = jnp.arange(8) % 2 == 0, jnp.asarray(0.5), jnp.asarray(9.0)
 # How many of the entries -1.5, -1, 0, 0.5, 1, 1, 2, 3 a map hands on, with the derivative 1.
 HANDS_ON = {
     "clamp": (lambda k: jax.lax.clamp(-1.0, k, 1.0), 2),  # at a bound JAX has the derivative 0
@@ -339,7 +339,7 @@ HANDS_ON = {
     "a loop": (lambda k: jax.lax.fori_loop(0, 3, lambda i, k: k.at[:2].multiply(0.5), k), 6),
     "a scan": (lambda k: jax.lax.scan(lambda k, t: (k.at[0].add(t), t), k, jnp.ones(3))[0], 7),
     "a loop while": (
-        lambda k: jax.lax.while_loop(lambda k: k[0] < 9, lambda k: k.at[0].add(HALF), k),
+        lambda k: jax.lax.while_loop(lambda k: k[0] < NINE, lambda k: k.at[0].add(HALF * NINE), k),
         7,
     ),
 }
@@ -352,6 +352,31 @@ def test_single_entries_that_are_handed_on(how):
     step = lambda s: {"k": f(s["k"]), "x": 0.5 * s["x"] + s["k"].sum()}
     table = ij.structure(step, {"k": k, "x": jnp.asarray(0.0)})
     assert {leaf.path: leaf.handed_on for leaf in table.leaves} == {"x0['k']": count, "x0['x']": 0}
+
+
+# What a map does to a leaf of six numbers, and whether each is back at its place.
+MOVES = {
+    "reshape": (lambda p: p.reshape(2, 3).reshape(6), True),
+    "transpose twice": (lambda p: p.reshape(2, 3).T.T.reshape(6), True),
+    "transpose": (lambda p: p.reshape(2, 3).T.reshape(6), False),
+    "turn twice": (lambda p: p[::-1][::-1], True),
+    "turn": (lambda p: p[::-1], False),
+    "an axis more and less": (lambda p: jnp.squeeze(jnp.expand_dims(p, 1), 1), True),
+    "an axis of four": (lambda p: jnp.broadcast_to(p[:, None], (6, 4))[:, 0], False),
+    "a scan": (lambda p: jax.lax.scan(lambda c, x: (c, x), 0.0, p)[1], True),
+    "a scan that is slow": (lambda p: jax.lax.scan(lambda c, x: (x, c), 0.0, p)[1], False),
+    "by itself": (lambda p: jnp.where(p > 0, p, p), True),
+    "half of it": (lambda p: jnp.where(p > 0, p, 0.5 * p), False),
+    "another type": (lambda p: p.astype(jnp.float32).astype(jnp.float64), False),
+}
+
+
+@pytest.mark.parametrize("how", MOVES)
+def test_a_leaf_whose_numbers_are_all_back_at_their_places_is_carried(how):
+    f, back = MOVES[how]
+    step = lambda s: {"p": f(s["p"]), "x": 0.5 * s["x"] + s["p"].sum()}
+    table = ij.structure(step, {"p": jnp.arange(6.0), "x": jnp.asarray(0.0)})
+    assert (table.leaves[0].role == "carried") is back
 
 
 ORDINARY = {
