@@ -254,3 +254,14 @@ def test_a_derivative_that_may_be_approximate_solves_most_of_its_system(solver, 
     derivative = jax.jvp(solve, (1.0,), (2.0,))[1]
     assert derivative == 2.0 if finite else jnp.isnan(derivative)
     assert jax.jvp(solve, (1.0,), (0.0,))[1] == 0.0
+
+
+def test_a_derivative_whose_solve_is_not_trusted_is_nan():
+    f = lambda x, a: 0 * x + a
+    for trusted in (True, False):
+        adjoint = ij.ImplicitAdjoint(linear_solver=Told(0.0, 1.0, 1e-9, trusted))
+        solve = lambda a, adjoint=adjoint: ij.implicit_fixed_point(
+            f, 0.0, a, adjoint=adjoint, on_failure="nan"
+        ).value  # fmt: skip
+        assert jnp.isfinite(jax.jvp(solve, (1.0,), (2.0,))[1]) == trusted
+        assert jax.jvp(solve, (1.0,), (0.0,))[1] == 0.0

@@ -225,3 +225,23 @@ def test_what_no_solver_of_optimistix_can_do_is_refused(unchecked):
     for wrong in (optx.Newton, "newton"):
         with pytest.raises(TypeError, match="or one of optimistix, got"):
             ij.implicit_fixed_point(jnp.cos, 1.0, solver=wrong)
+
+
+def test_what_is_no_linear_solver_is_refused_beside_lineax(unchecked):
+    assert lineax.GMRES  # it has been imported
+    with pytest.raises(TypeError, match="or one of Lineax, got 'gmres'"):
+        ij.ImplicitAdjoint(linear_solver="gmres")  # pyright: ignore[reportArgumentType]
+
+
+def test_a_solver_of_lineax_that_ran_out_of_steps_raises_nothing_of_its_own():
+    m = layer()
+    gmres = lineax.GMRES(rtol=1e-11, atol=1e-11, restart=1, max_steps=1)
+    adjoint = ij.ImplicitAdjoint(linear_solver=gmres)
+
+    def loss(b):
+        f = lambda x: Layer(m.W, b)(x)
+        return ij.implicit_fixed_point(
+            f, jnp.zeros_like(b), adjoint=adjoint, on_failure="nan"
+        ).value.sum()
+
+    assert jnp.isnan(jax.grad(loss)(m.b)).all()
