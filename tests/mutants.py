@@ -66,6 +66,7 @@ LINEAR = (
 )
 STRUCTURE = (
     "test_structure::test_single_entries_that_are_handed_on",
+    "test_structure::test_entries_that_a_loop_hands_on_whose_test_and_body_read_parameters",
     "test_structure::test_a_leaf_whose_numbers_are_all_back_at_their_places_is_carried",
     "test_structure::test_the_roles_are_seen_through_calls",
     "test_structure::test_loops_and_branches_are_seen_through",

@@ -303,7 +303,7 @@ def test_carried_entries_are_counted_at_the_guess():
     assert re.search(r"feedback +3 of 3 leaves, +6 of 10 numbers", text)
 
 
-EIGHT, HALF, NINE = jnp.arange(8) % 2 == 0, jnp.asarray(0.5), jnp.asarray(9.0)
+EIGHT, HALF = jnp.arange(8) % 2 == 0, jnp.asarray(0.5)
 # How many of the entries -1.5, -1, 0, 0.5, 1, 1, 2, 3 a map hands on, with the derivative 1.
 HANDS_ON = {
     "clamp": (lambda k: jax.lax.clamp(-1.0, k, 1.0), 2),  # at a bound JAX has the derivative 0
@@ -339,7 +339,7 @@ HANDS_ON = {
     "a loop": (lambda k: jax.lax.fori_loop(0, 3, lambda i, k: k.at[:2].multiply(0.5), k), 6),
     "a scan": (lambda k: jax.lax.scan(lambda k, t: (k.at[0].add(t), t), k, jnp.ones(3))[0], 7),
     "a loop while": (
-        lambda k: jax.lax.while_loop(lambda k: k[0] < NINE, lambda k: k.at[0].add(HALF * NINE), k),
+        lambda k: jax.lax.while_loop(lambda k: k[0] < 9, lambda k: k.at[0].add(HALF), k),
         7,
     ),
 }
@@ -352,6 +352,16 @@ def test_single_entries_that_are_handed_on(how):
     step = lambda s: {"k": f(s["k"]), "x": 0.5 * s["x"] + s["k"].sum()}
     table = ij.structure(step, {"k": k, "x": jnp.asarray(0.0)})
     assert {leaf.path: leaf.handed_on for leaf in table.leaves} == {"x0['k']": count, "x0['x']": 0}
+
+
+def test_entries_that_a_loop_hands_on_whose_test_and_body_read_parameters():
+    def step(s, limit, more):
+        k = jax.lax.while_loop(lambda k: k[0] < limit, lambda k: k.at[0].add(more), s["k"])
+        return {"k": k, "x": 0.5 * s["x"] + s["k"].sum()}
+
+    x0 = {"k": jnp.ones(8), "x": jnp.asarray(0.0)}
+    table = ij.structure(step, x0, jnp.asarray(9.0), jnp.asarray(2.0))
+    assert [leaf.handed_on for leaf in table.leaves] == [7, 0]
 
 
 # What a map does to a leaf of six numbers, and whether each is back at its place.
