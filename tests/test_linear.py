@@ -265,3 +265,36 @@ def test_a_derivative_whose_solve_is_not_trusted_is_nan():
         ).value  # fmt: skip
         assert jnp.isfinite(jax.jvp(solve, (1.0,), (2.0,))[1]) == trusted
         assert jax.jvp(solve, (1.0,), (0.0,))[1] == 0.0
+
+
+def test_a_mode_that_repels_slowly_costs_no_detour():
+    # Of an affine map it does not matter where plain iteration leads: n products solve n unknowns.
+    rng, products = np.random.default_rng(0), []
+    J = np.diag([1.15, -1.6, -1.2, -0.8, -0.4, 0.3, 0.5, 0.8]) + 0.3 * np.triu(
+        rng.normal(size=(8, 8)), 1
+    )
+    A, b = np.eye(8) - J, rng.normal(size=8)
+
+    def product(v):
+        jax.debug.callback(lambda: products.append(1))
+        return [jnp.asarray(A) @ v[0]]
+
+    out = ij.AutoLinearSolver(dense_limit=1).solve(product, [jnp.asarray(b)])
+    jax.effects_barrier()
+    np.testing.assert_allclose(out.value[0], np.linalg.solve(A, b), rtol=1e-9)
+    assert out.trusted
+    assert len(products) <= 16
+
+
+@pytest.mark.parametrize("jacobian", [jax.jacfwd, jax.jacrev])
+def test_a_whole_jacobian_shares_one_factorisation(jacobian):
+    # Beyond 64 unknowns a single right-hand side is solved by products.
+    solve = lambda c: ij.implicit_fixed_point(lambda x: 0.5 * jnp.cos(x[::-1]) + c, c).value
+    c = jnp.linspace(0.0, 1.0, 70)
+    x = np.full(70, 0.5)
+    for _ in range(100):
+        x = 0.5 * np.cos(x[::-1]) + np.asarray(c)
+    A = np.eye(70) + np.diag(0.5 * np.sin(x[::-1]))[:, ::-1]
+    program = jax.jit(jacobian(solve)).lower(c)
+    assert "getrf" in program.as_text()
+    np.testing.assert_allclose(program.compile()(c), np.linalg.inv(A), atol=1e-9)

@@ -100,19 +100,15 @@ def scaled_solve(
     solver: AbstractLinearSolver, A: Operator, b: Vector, epsilon: float
 ) -> LinearSolution:
     """`solver.solve(A, b)` in units of the size of `b`, so that no square of it overflows or
-    vanishes; for `b = 0` the solution is 0, whatever `A` is.
+    vanishes; for `b = 0` the solution is 0, whatever `A` is. `A` is handed on as it is, so that a
+    batch of `b` alone is no batch of `A`.
     """
-    unit = robust_norm(rms_norm, b).astype(b[0].dtype)
-    trivial = all_zero(b)
-
-    def operator(v: Vector) -> Vector:
-        """`A`, or the identity where nothing is to be solved, so that no time is lost there."""
-        return [jnp.where(trivial, vi, Av) for vi, Av in zip(v, A(v), strict=True)]
-
-    scaled = [jnp.where(trivial, 1.0, leaf / jnp.where(trivial, 1.0, unit)) for leaf in b]
-    out = solver.at_precision(epsilon).solve(operator, scaled)
+    unit, trivial = robust_norm(rms_norm, b).astype(b[0].dtype), all_zero(b)
+    scaled = [leaf / jnp.where(trivial, 1.0, unit) for leaf in b]
+    out = solver.at_precision(epsilon).solve(A, scaled)
     value = [jnp.where(trivial, 0.0, leaf * unit) for leaf in out.value]
-    return LinearSolution(value, out.residual, out.tolerance, out.condition, out.trusted | trivial)
+    residual = jnp.where(trivial, 0.0, out.residual)
+    return LinearSolution(value, residual, out.tolerance, out.condition, out.trusted | trivial)
 
 
 def with_auto_axes(solve: Callable[[Operator, Vector], Vector], A: Operator, b: Vector) -> Vector:

@@ -22,6 +22,8 @@ _ROUGH = 0.03
 _SINGULAR = 0.03
 # The amplification is this many times the largest that was seen, where it is not solved for.
 _UNSOLVED = 10.0
+# What is amplified by less than this cannot hide in a residual of a tenth of the tolerance.
+_SLOW = 1e5
 _TINY = 1e-37  # no size is divided by less
 
 
@@ -37,10 +39,11 @@ def bounded(
     """`u` with `A u = b`, from `start`, by the loop, whose stop test bounds the error of `u`.
 
     A right-hand side may hold so little of a slow mode that no residual shows it, and the solution
-    as much of it as of any other. So a random right-hand side is solved for first, roughly: it
-    shows by how much `A^-1` amplifies what a residual may hide and what round-off leaves. The
-    residual must be so small that neither makes `epsilon^(1/3)` of the solution. Where the
-    amplification is that of a singular `A`, the system is solved as one with a gauge freedom.
+    as much of it as of any other. So where the tolerance is loose, as in float32, a random
+    right-hand side is solved for first, roughly: it shows by how much `A^-1` amplifies what a
+    residual may hide and what round-off leaves. The residual must be so small that neither makes
+    `epsilon^(1/3)` of the solution. Where the amplification is that of a singular `A`, the system
+    is solved as one with a gauge freedom.
 
     - `start`: where the iteration starts.
     - `epsilon`: the round-off of the products with `A`.
@@ -78,8 +81,10 @@ def bounded(
         return ~carry[1].trusted & (carry[0] <= last)
 
     zero = jnp.zeros((), rtol.dtype)
-    nothing = LinearSolution(start, zero, zero, zero, jnp.zeros((), bool))
-    first = jnp.where(rtol < epsilon ** (1 / 3), 0, 1)  # nothing is hidden where little is asked
+    nothing = LinearSolution(start, zero, zero, zero, _tree.all_zero(b))
+    # Nothing is hidden where little is asked, nor where a mode must be slow indeed to be hidden.
+    ask = (rtol < epsilon ** (1 / 3)) & (digits < _SLOW * rtol)
+    first = jnp.where(ask, 0, 1)
     return lax.while_loop(unfinished, again, (first.astype(jnp.int32), nothing, zero))[1]
 
 
@@ -111,7 +116,7 @@ def _attempt(
     tolerances = Tolerances(rtol, None, len(b) * (epsilon,), whole(b))
     settings = Settings(max_steps, _tree.rms_norm, True, False, False, None)
     known = Known([jnp.zeros_like(leaf) for leaf in b], b, most, part)
-    u, outcome = iterate(f, start, Anderson(), tolerances, settings, known)
+    u, outcome = iterate(f, start, Anderson(affine=True), tolerances, settings, known)
     residual, error, in_tolerances, _, largest = outcome.numbers
     size_b, size_u = (jnp.maximum(_tree.rms_norm(v), _TINY) for v in (b, u))
     largest = jnp.maximum(largest, size_u / (size_b + residual))

@@ -91,6 +91,8 @@ class Anderson(AbstractSolver):
       beyond 100,000 unknowns.
     - `damping`: `d`, above 0 and at most 1.
     - `layout`: which entries are of one leaf; set by the loop.
+    - `affine`: whether the map is known to be affine, so that there is one solution, and it does
+      not matter where plain iteration leads; set by the linear solvers.
 
     **Raises**
 
@@ -114,6 +116,7 @@ class Anderson(AbstractSolver):
     memory: int | None = None
     damping: float | Float[Array, ""] = 1.0
     layout: Packing | None = eqx.field(static=True, default=None)
+    affine: bool = eqx.field(static=True, default=False)
 
     def __check_init__(self) -> None:
         if self.memory is not None:
@@ -204,7 +207,8 @@ class Anderson(AbstractSolver):
         away = _tree.combine_columns(U, g)
         d = jnp.asarray(self.damping).astype(size.dtype) * fraction
         step = _tree.sub(_times(d, rest), away)
-        numbers, plain = choose(guard, _tree.dot(step, r) <= 0, ~jnp.any(active))
+        against = jnp.zeros((), bool) if self.affine else _tree.dot(step, r) <= 0
+        numbers, plain = choose(guard, against, ~jnp.any(active))
         known = jnp.any(others) & ~(back | plain)
         left = (
             None if S is not None else lax.select(known, length(rest), jnp.full_like(size, jnp.inf))
