@@ -11,6 +11,7 @@ from jax import Array
 from jaxtyping import PyTree
 
 from ._fixed_point import find, implicit_fixed_point
+from ._layer import begin_at
 from ._root import implicit_root
 
 Solve = Callable[..., PyTree]
@@ -25,7 +26,8 @@ def custom_fixed_point(f: Callable[..., PyTree], **keywords: Any) -> Callable[[S
 
     What it returns is held to the tolerance. It is the guess of a loop that measures its error, and
     takes away what is left of it. A point that is off by more than the tolerance is refused, so
-    that the solver must be as good as `rtol` and `atol` ask for.
+    that the solver must be as good as `rtol` and `atol` ask for. Of its leaves the unknown alone is
+    taken; what the map hands on is that of `x0`, and what it writes is computed.
 
     **Arguments**
 
@@ -105,49 +107,17 @@ def _decorator(
     def decorate(solve: Solve) -> Solve:
         @functools.wraps(solve)
         def solved(x0: PyTree, *args: Any) -> PyTree:
-            plain_x0, plain_args = _without_tangents((x0, args))
+            plain_x0, plain_args = jax.tree.map(_without_tangent, (x0, args))
             x = solve(plain_x0, *plain_args)
-            return find(f, _answer(x0, x), args, **options).value
+            root = options["root"]
+            guess = begin_at("What the solver returns", x, f, x0, args, root)
+            return find(f, guess, args, **options).value
 
         return solved
 
     return decorate
 
 
-def _without_tangents(tree: PyTree) -> PyTree:
-    return jax.tree.map(lambda a: jax.lax.stop_gradient(a) if _differentiable(a) else a, tree)
-
-
-def _differentiable(leaf: Any) -> bool:
-    return isinstance(leaf, Array) and jnp.issubdtype(leaf.dtype, jnp.inexact)
-
-
-def _answer(x0: PyTree, x: PyTree) -> PyTree:
-    """`x`, with the tangents of `x0`: what the map hands on has the derivative of the guess."""
-    if jax.tree.structure(x0) != jax.tree.structure(x):
-        raise TypeError(
-            "The solver must return the structure of its guess: it got "
-            f"{jax.tree.structure(x0)} and returned {jax.tree.structure(x)}."
-        )
-
-    def leaf(old: Any, new: Any) -> Any:
-        if not _differentiable(old):
-            return new
-        new = jnp.asarray(new, old.dtype)
-        if new.shape != old.shape:
-            raise TypeError(
-                f"The solver must return the shapes of its guess: a leaf of shape {old.shape} came "
-                f"back as {new.shape}."
-            )
-        return _moved(old, jax.lax.stop_gradient(new))
-
-    return jax.tree.map(leaf, x0, x)
-
-
-@jax.custom_jvp
-def _moved(x0: Array, x: Array) -> Array:
-    """`x`, with the tangent of `x0`."""
-    return x
-
-
-_moved.defjvp(lambda primals, tangents: (_moved(*primals), tangents[0]))
+def _without_tangent(leaf: Any) -> Any:
+    array = isinstance(leaf, Array) and jnp.issubdtype(leaf.dtype, jnp.inexact)
+    return jax.lax.stop_gradient(leaf) if array else leaf

@@ -39,7 +39,7 @@ def by_jvp(
 
     @jax.custom_jvp
     def x_star(θ: Vector, x0: Vector, fixed: PyTree) -> tuple[Vector, PyTree]:
-        return solve(θ, x0, fixed)
+        return _by_rule_alone(*solve(θ, x0, fixed))
 
     def rule(primals: tuple, tangents: tuple) -> tuple:
         (θ, x0, fixed), (θ_dot, x0_dot, _) = primals, tangents
@@ -91,6 +91,23 @@ def by_vjp(F: Callable, solve: Callable, linear_solve: LinearSolve, guess: Guess
 def _pushforward(f: Callable, x: Any) -> Callable:
     """`v ↦ ∂f/∂x v`, by `jax.jvp` alone."""
     return lambda v: jax.jvp(f, (x,), (v,))[1]
+
+
+def _by_rule_alone(x: Vector, outcome: PyTree) -> tuple[Vector, PyTree]:
+    """`x`, whose tangent is NaN, and which has no cotangent, unless the rule makes them.
+
+    Reverse mode through a `lax.scan` drops the `custom_jvp` of what stands in it. A forward
+    derivative of that gradient would go through the iterations: zero where they began at the
+    solution.
+    """
+
+    def solve(_: Callable, b: Vector) -> Vector:
+        one, *leaves = b
+        value = one == 1  # in a tangent it is zero
+        return [one, *(lax.select(value, a, jnp.full_like(a, jnp.nan)) for a in leaves)]
+
+    b = lax.optimization_barrier([jnp.ones((), x[0].real.dtype), *x])  # all leaves of b move
+    return lax.custom_linear_solve(lambda b: b, b, solve)[1:], outcome
 
 
 def _linearize(f: Callable, x: Vector) -> Callable[[Vector], Vector]:

@@ -61,28 +61,30 @@ class FixedPointLayer(eqx.Module):
         self.init = init
         self.keywords = keywords
 
-    def __call__(self, *inputs: Any, start: PyTree = None) -> PyTree:
-        """The fixed point for these inputs."""
+    def __call__(self, *inputs: Any, start: PyTree = None, key: Any = None) -> PyTree:
+        """The fixed point for these inputs. `key` is not used: `eqx.nn.Sequential` passes one."""
         return self.solve(*inputs, start=start).value
 
     def solve(self, *inputs: Any, start: PyTree = None) -> Solution:
         """The whole `Solution` for these inputs."""
         x0 = self.init(*inputs)
         if start is not None:
-            x0 = _begin_at(start, self.f, x0, inputs)
+            x0 = begin_at("start", start, self.f, x0, inputs)
         return implicit_fixed_point(self.f, x0, *inputs, **self.keywords)
 
 
-def _begin_at(start: PyTree, f: Callable[..., PyTree], x0: PyTree, args: tuple) -> PyTree:
-    """`x0` with the unknown of `start`. What the map hands on belongs to these inputs, and so does
-    its gradient: it stays that of `x0`.
+def begin_at(
+    what: str, start: PyTree, f: Callable[..., PyTree], x0: PyTree, args: tuple, root: bool = False
+) -> PyTree:
+    """`x0` with the unknown of `start`, as a constant. What the map hands on belongs to this call,
+    and so does its gradient: it stays that of `x0`. `what` names `start` in errors.
     """
     named, tree = jax.tree_util.tree_flatten_with_path(x0)
     if tree != jax.tree.structure(start):
         raise TypeError(
-            f"start must have the structure of the guess, {tree}, got {jax.tree.structure(start)}."
+            f"{what} must have the structure of the guess, {tree}, got {jax.tree.structure(start)}."
         )
-    problem, inputs = trace(f, x0, args, has_aux=False)
+    problem, inputs = trace(f, x0, args, False, root)
     inputs = [jnp.asarray(a, d) for a, d in zip(inputs, problem.dtypes, strict=True)]
     evaluate_levels(problem, problem.roles.sources, inputs)
     arrays = [k for k, static in enumerate(problem.statics) if static is None]
@@ -90,9 +92,11 @@ def _begin_at(start: PyTree, f: Callable[..., PyTree], x0: PyTree, args: tuple) 
     masks = problem.carried_entries(inputs)
     for i, mask in zip(problem.roles.feedback, masks, strict=True):
         k, old = arrays[i], inputs[problem.state[i]]
-        new = jax.lax.stop_gradient(jnp.asarray(others[k], old.dtype))
-        if new.shape != old.shape:
+        new = jnp.asarray(others[k])
+        if new.shape != old.shape or (jnp.iscomplexobj(new) and not jnp.iscomplexobj(old)):
+            now, guess = (f"{a.dtype}{list(a.shape)}" for a in (new, old))
             path = jax.tree_util.keystr(named[k][0])
-            raise TypeError(f"start{path} has the shape {new.shape}, the guess {old.shape}.")
+            raise TypeError(f"{what} must be like the guess: x0{path} is {guess} in it, got {now}.")
+        new = jax.lax.stop_gradient(new.astype(old.dtype))
         leaves[k] = new if mask is None else jnp.where(mask, old, new)
     return jax.tree.unflatten(tree, leaves)

@@ -40,7 +40,8 @@ def plot_convergence(
     **Raises**
 
     `ImportError` without matplotlib, which `pip install "implicitjax[plot]"` brings. `ValueError`
-    for a solution without a history, or within a trace. `TypeError` for what is no solution.
+    for a solution without a history, within a trace, or for none at all. `TypeError` for what is no
+    solution.
 
     ```python
     >>> import jax.numpy as jnp, implicitjax as ij
@@ -65,6 +66,8 @@ def plot_convergence(
         named = {f"solution {i}": one for i, one in enumerate(solution)}
     else:
         named = {"": solution}
+    if not named:
+        raise ValueError("plot_convergence got no solution to draw.")
     curves = {name: _curves(name, one) for name, one in named.items()}
     if ax is None:
         try:
@@ -102,7 +105,10 @@ def _curves(name: str, solution: Solution) -> dict[str, np.ndarray]:
         raise ValueError("plot_convergence needs numbers: return the solution from `jit` first.")
     leaves = jax.tree_util.tree_leaves_with_path(stats.residual_history)
     if not leaves:
-        raise ValueError("plot_convergence draws the history: solve with `history=True`.")
+        raise ValueError(
+            "plot_convergence draws the history: solve with `history=True`, and a map in which "
+            "some leaf feeds back."
+        )
     last = np.reshape(stats.num_steps, (-1, 1))
     at = np.minimum(np.arange(last.max() + 1), last)  # a lane that has ended keeps its last
     curves = {}

@@ -35,6 +35,20 @@ def test_hessians_in_all_four_orders(outer, inner):
     np.testing.assert_allclose(outer(inner(implicit))(v), expected, atol=1e-7)
 
 
+def test_a_forward_derivative_of_reverse_mode_through_a_scan_is_refused():
+    """There JAX drops the rule. The iterations began at the solution: their derivative is zero."""
+
+    def total(a):
+        f = lambda x, k: x + (a * k - x**3) / (3 * x**2)
+        guess = jax.lax.stop_gradient(a) ** (1 / 3)
+        root = lambda k: ij.implicit_fixed_point(f, guess * k ** (1 / 3), k, on_failure="nan").value
+        return jax.lax.scan(lambda c, k: (c + root(k), None), 0.0, jnp.asarray([1.0, 8.0]))[0]
+
+    np.testing.assert_allclose(jax.grad(total)(8.0), 3 / 12, rtol=1e-9)
+    assert np.isnan(jax.jacfwd(jax.grad(total))(8.0))
+    np.testing.assert_allclose(jax.jacrev(jax.jacfwd(total))(8.0), -3 / 144, rtol=1e-9)
+
+
 def test_a_third_derivative():
     def root(a):
         return ij.implicit_fixed_point(lambda x: 0.5 * (x + a / x), 1.0, solver=ij.Newton()).value

@@ -38,6 +38,12 @@ def test_the_parameters_are_found_and_nothing_else():
     assert len(jax.tree.leaves(gradient)) == 1
 
 
+def test_it_stands_in_a_sequence_of_layers():
+    double = eqx.nn.Lambda(lambda u: 2 * u)
+    model = eqx.nn.Sequential([double, layer(), double])
+    np.testing.assert_allclose(model(jnp.asarray(U)), 4 * U / (1 - A), rtol=1e-9)
+
+
 def test_it_starts_from_its_last_solution():
     model, u = layer(), jnp.asarray(U)
     first = model.solve(u)
@@ -96,7 +102,7 @@ def test_a_start_of_another_structure_or_shape_is_refused():
     model = layer()
     with pytest.raises(TypeError, match="start must have the structure of the guess"):
         model(jnp.asarray(U), start=[jnp.zeros(2)])
-    with pytest.raises(TypeError, match=r"start has the shape \(3,\), the guess \(2,\)"):
+    with pytest.raises(TypeError, match=r"start must be like the guess: .* got float64\[3\]"):
         model(jnp.asarray(U), start=jnp.zeros(3))
 
 

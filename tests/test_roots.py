@@ -236,6 +236,35 @@ def test_what_the_map_hands_on_has_the_derivative_of_the_guess():
         np.testing.assert_allclose(mode(solve)(k), want, rtol=1e-9)
 
 
+def test_what_the_map_hands_on_is_that_of_the_guess():
+    """A solver that returns another `k`, integer or edge has solved another problem."""
+    hands_on = lambda s: s | {"x": jnp.cos(s["n"] * s["k"] * s["x"])}
+    x0 = {"x": jnp.asarray(0.5), "k": jnp.asarray(0.3), "n": jnp.asarray(2)}
+    step = lambda _, s: hands_on(s)
+    for other in ({"k": jnp.asarray(0.2)}, {"n": jnp.asarray(1)}):
+        cheat = lambda s, other=other: jax.lax.fori_loop(0, 100, step, s | other)
+        with pytest.raises(ij.ConvergenceError, match="What the solver returned is no"):
+            ij.custom_fixed_point(hands_on)(cheat)(x0)
+    edges = lambda u: u.at[1:-1].set(0.5 * (u[2:] + u[:-2]))
+    with pytest.raises(ij.ConvergenceError, match="What the solver returned is no"):
+        ij.custom_fixed_point(edges)(lambda u: jnp.linspace(0.0, 4.0, 5))(jnp.zeros(5))
+    np.testing.assert_array_equal(
+        ij.custom_fixed_point(lambda x: x)(lambda x: 5 * x)(jnp.ones(2)), 1
+    )
+
+
+def test_a_solver_that_captures_what_is_differentiated():
+    """Its loop is not: the guess is a Python float, which has no tangents to stop."""
+
+    def root(a):
+        more = lambda x: jnp.abs(x**3 - a) > 1e-13 * a
+        newton = lambda x: x - (x**3 - a) / (3 * x**2)
+        solve = lambda x0: jax.lax.while_loop(more, newton, jnp.asarray(x0))
+        return ij.custom_root(lambda x: x**3 - a)(solve)(1.0)
+
+    np.testing.assert_allclose(jax.grad(root)(8.0), 1 / 12, rtol=1e-9)
+
+
 def test_a_solver_that_jax_cannot_trace():
     """NumPy called as it is: eagerly also under `grad`, since it gets plain arrays."""
     solve = ij.custom_root(cubic)(lambda x0, a: exact(a)[0])
@@ -247,13 +276,18 @@ def test_a_solver_that_jax_cannot_trace():
 @pytest.mark.parametrize(
     "answer, words",
     [
-        (lambda x0: (x0,), "structure of its guess"),
-        (lambda x0: x0[:1], "shapes of its guess"),
+        (lambda x0: (x0,), "must have the structure of the guess"),
+        (lambda x0: x0[:1], r"x0 is float64\[2\] in it, got float64\[1\]"),
+        (lambda x0: x0 + 1j, r"x0 is float64\[2\] in it, got complex128\[2\]"),
     ],
 )
-def test_an_answer_that_is_not_like_the_guess(answer, words):
+@pytest.mark.parametrize("array", [jnp.ones, np.ones])
+@pytest.mark.usefixtures("standard_promotion")
+def test_an_answer_that_is_not_like_the_guess(answer, words, array):
     with pytest.raises(TypeError, match=words):
-        ij.custom_fixed_point(jnp.cos)(answer)(jnp.ones(2))
+        ij.custom_fixed_point(jnp.cos)(answer)(array(2))
+    with pytest.raises(TypeError, match=r"x0 is float64\[\] in it, got float64\[2\]"):
+        ij.custom_root(jnp.sin)(lambda x0: jnp.zeros(2))(1.0)
 
 
 def test_a_keyword_that_a_custom_solver_does_not_take():

@@ -387,6 +387,10 @@ def test_a_picture_of_what_has_none_is_refused(monkeypatch, unchecked):
         ij.plot_convergence(solve(halve, 0.0), axes())
     with pytest.raises(ValueError, match="return the solution from `jit`"):
         jax.jit(lambda u: ij.plot_convergence(solve(halve, u, history=True), axes()))(1.0)
+    with pytest.raises(ValueError, match="some leaf feeds back"):
+        ij.plot_convergence(solve(lambda x: 2.0, 0.0, history=True), axes())
+    with pytest.raises(ValueError, match="no solution to draw"):
+        ij.plot_convergence([], axes())
     with pytest.raises(TypeError, match="draws a Solution"):
         ij.plot_convergence(3.0, axes())  # pyright: ignore[reportArgumentType]
     monkeypatch.setitem(sys.modules, "matplotlib", None)
