@@ -33,11 +33,12 @@ def custom_fixed_point(f: Callable[..., PyTree], **keywords: Any) -> Callable[[S
 
     - `f`: as for `implicit_fixed_point`.
     - `keywords`: those of `implicit_fixed_point`, but not `has_aux`, `history` and `progress`;
-      `solver` names that of the loop.
+      `solver` names that of the loop. With `on_failure="return"` the best iterate comes back
+      without its result.
 
     **Returns**
 
-    A decorator of solvers. The decorated solver returns `x`.
+    A decorator of solvers. The decorated solver takes its arguments by position and returns `x`.
 
     **Raises**
 

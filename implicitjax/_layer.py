@@ -24,7 +24,8 @@ class FixedPointLayer(eqx.Module):
 
     - `f`: the map, `f(x, *inputs) -> x`, usually an Equinox module.
     - `init`: the guess, `init(*inputs) -> x0`.
-    - `keywords`: those of `implicit_fixed_point`, but not `has_aux`.
+    - `keywords`: those of `implicit_fixed_point`, but not `has_aux`. An array among them is a leaf
+      of the layer, of gradient 0: pass tolerances as Python numbers.
 
     The layer returns the value alone; for statistics call `layer.solve(*inputs)`. With
     `start=last_value` it begins there: of its leaves the unknown alone is taken, as a constant.

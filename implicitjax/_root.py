@@ -34,10 +34,10 @@ def implicit_root(
 ) -> Solution:
     r"""Solves `g(x, *args) = 0`; the solution carries its derivatives.
 
-    It is the fixed point of `x - s g(x)`, where each leaf of `g` has a factor `s`. With it that
-    leaf changes as much as the leaf of `x` for a small step without a pattern at the guess, and to
-    the same side, so that the units of `g` and its sign do not matter; two evaluations tell it.
-    Newton's steps do not depend on it. All else is as for `implicit_fixed_point`: the
+    The root is found as the fixed point of `x - s g(x)`. Each leaf of `g` has its own factor `s`.
+    Two evaluations at the guess measure it: along a small step without a pattern, `s g(x)` changes
+    by as much as `x`, and in the same direction. So the units of `g` and its sign do not matter.
+    The steps of `Newton` do not depend on `s`. All else is as for `implicit_fixed_point`: the
     derivatives, the stop test, which bounds the error of `x` and not the size of `g`, and what
     happens on a failure.
 
@@ -46,8 +46,8 @@ def implicit_root(
     - `g`: the residual, `g(x, *args) -> r`, or `-> (r, aux)` with `has_aux`; `r` has the structure,
       shapes and dtypes of `x`.
     - `x0`: the guess, a pytree of floats, complex numbers and arrays of them. Each is an unknown.
-    - `solver`: `Newton()` by default. `Picard` needs `s g` to grow with `x` by less than 2;
-      `Anderson` needs no derivative of `g`. One of optimistix solves `s g(x) = 0`, or makes
+    - `solver`: `Newton()` by default. `Picard` converges where the eigenvalues of the
+      derivative of `s g` are less than 1 from 1; `Anderson` needs no derivative of `g`. One of optimistix solves `s g(x) = 0`, or makes
       `|s g(x)|^2 / 2` least. Where `g` is the gradient of a loss, a minimiser of that loss is
       called in a function that `custom_root(g)` decorates.
     - The others: as for `implicit_fixed_point`.

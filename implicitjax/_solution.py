@@ -175,6 +175,12 @@ class DerivativeError(RuntimeError):
     __module__ = "implicitjax"
 
 
+def _times(ratio: float) -> str:
+    """Where nothing is known of the error it is the largest number of its dtype."""
+    largest = float(jnp.finfo(jnp.float32).max)
+    return f"{ratio:.3e} times" if ratio < largest else "an unknown multiple of"
+
+
 def convergence_message(what: str, result: str, info: dict[str, Any], lane: str = "") -> str:
     """The words of a failed solve, from concrete numbers."""
     happened, advice = Result[getattr(Result, result)].split("\n", 1)
@@ -182,7 +188,7 @@ def convergence_message(what: str, result: str, info: dict[str, Any], lane: str 
         f"The {what} was not reached{lane}. {happened} ({result})\n"
         f"  after {info['num_steps']} steps the residual norm is "
         f"{info['residual_norm']:.3e}\n"
-        f"  the estimated error is {info['ratio']:.3e} times the tolerance, and the last steps "
+        f"  the estimated error is {_times(info['ratio'])} the tolerance, and the last steps "
         f"multiplied the residual by {info['contraction_rate']:.4g} each\n"
         f"  the worst leaf is {info['leaf']}\n"
         f"{advice}\n"
@@ -195,7 +201,7 @@ def held_message(what: str, info: dict[str, Any], lane: str = "") -> str:
     """The words for the answer of another solver that is no solution, from concrete numbers."""
     return (
         f"What the solver returned is no {what} within the tolerance{lane}.\n"
-        f"  it is off by about {info['ratio']:.3e} times the tolerance\n"
+        f"  it is off by {_times(info['ratio'])} the tolerance\n"
         f"  the worst leaf is {info['leaf']}\n"
         "  (a) Ask the solver for more, or loosen `rtol` and `atol`, which by default are "
         "`eps^(2/3)` of the dtype, 3.7e-11 in float64 and 2.4e-5 in float32.\n"

@@ -211,6 +211,11 @@ def test_a_solver_that_returns_its_guess_is_refused():
         ij.custom_root(cubic)(lambda x0, a: x0)(jnp.ones(N), A0)
 
 
+def test_an_answer_that_is_nan_is_refused():
+    with pytest.raises(ij.ConvergenceError, match="it is off by an unknown multiple of the tol"):
+        ij.custom_root(cubic)(lambda x0, a: jnp.nan * x0)(jnp.ones(N), A0)
+
+
 def test_one_bad_lane_is_nan_alone():
     solve = ij.custom_root(lambda x, a: x**2 - a, on_failure="nan")(lambda x0, a: x0)
     rows = jnp.asarray([4.0, 5.0])
