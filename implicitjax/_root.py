@@ -46,10 +46,10 @@ def implicit_root(
     - `g`: the residual, `g(x, *args) -> r`, or `-> (r, aux)` with `has_aux`; `r` has the structure,
       shapes and dtypes of `x`.
     - `x0`: the guess, a pytree of floats, complex numbers and arrays of them. Each is an unknown.
-    - `solver`: `Newton()` by default. `Picard` converges where the eigenvalues of the
-      derivative of `s g` are less than 1 from 1; `Anderson` needs no derivative of `g`. One of optimistix solves `s g(x) = 0`, or makes
-      `|s g(x)|^2 / 2` least. Where `g` is the gradient of a loss, a minimiser of that loss is
-      called in a function that `custom_root(g)` decorates.
+    - `solver`: `Newton()` by default. `Picard` converges where the eigenvalues of the derivative
+      of `s g` are less than 1 from 1; `Anderson` needs no derivative of `g`. One of optimistix
+      solves `s g(x) = 0`, or makes `|s g(x)|^2 / 2` least. Where `g` is the gradient of a loss, a
+      minimiser of that loss is called in a function that `custom_root(g)` decorates.
     - The others: as for `implicit_fixed_point`.
 
     **Returns**
