@@ -48,7 +48,8 @@ class DenseLU(PrecisionAware):
     it says that fewer than a third of the digits are left, `A` counts as singular. The one singular
     system that is solved is one with a gauge freedom: when its equations and unknowns are scaled,
     some singular values are round-off, `sigma <= 4 eps sigma_max`, the right-hand side has nothing
-    but round-off along them, and the rest of `A` is regular. Its solution is that of least norm in
+    but round-off along them (in double precision `eps^(2/3)` of it at the most, since the value is
+    no better), and the rest of `A` is regular. Its solution is that of least norm in
     the scaled unknowns. Everything between is not trusted.
 
     Costs `n` products, `n^2` numbers and `2/3 n^3` operations for `n` unknowns. On a CPU the
@@ -127,7 +128,9 @@ def _without_gauge(
     columns = 1 / jnp.max(formed * rows[:, None], axis=0)
     left, values, right = jnp.linalg.svd(matrix * rows[:, None] * columns[None])
     along = left.T @ (rhs * rows)
-    round_off = rhs.size * epsilon
+    # In double precision no regular matrix of use is so near to singular, and the right-hand side
+    # may hold what the tolerance of the value has left.
+    round_off = max(rhs.size * epsilon, epsilon ** (2 / 3) if epsilon < 1e-10 else 0.0)
     free = values <= _FREE * epsilon * values[0]
     kept = jnp.where(free, values[0], values)
     along_free = jnp.where(free, jnp.abs(along), 0.0)

@@ -187,11 +187,15 @@ def test_12_an_eigenvector_with_a_free_phase():
     exact = np.vdot(v, np.asarray(K) @ v).real
     np.testing.assert_allclose(jax.grad(eigenvalue)(jnp.asarray(0.0)), exact, rtol=1e-7)
     np.testing.assert_allclose(jax.jacfwd(eigenvalue)(jnp.asarray(0.0)), exact, rtol=1e-7)
+    # The right-hand side holds of the gauge what the tolerance of the value leaves.
+    along = jax.jvp(eigenvalue, (jnp.asarray(0.0),), (jnp.asarray(1.0),))[1]
+    np.testing.assert_allclose(along, exact, rtol=1e-7)
 
 
 def test_12_a_loss_that_sees_the_gauge_has_no_gradient():
     def of(a):
-        f = lambda s: {"x": s["x"] + 0.5 * (a - s["x"] - s["y"]), "y": s["y"] + 0.0 * s["x"]}
+        left = lambda s: 0.5 * (a - s["x"] - s["y"])  # their difference is that of the guess
+        f = lambda s: {"x": s["x"] + left(s), "y": s["y"] + left(s)}
         return solve(f, {"x": jnp.asarray(0.0), "y": jnp.asarray(0.0)}, on_failure="nan").value
 
     assert jnp.isnan(jax.grad(lambda a: of(a)["x"])(1.0))
