@@ -190,7 +190,7 @@ def test_a_residual_that_does_not_fall_proves_nothing(sampled):
     for residuals in ([1e-3, 1e-3, 1e-3], [1e-9, 1e-6, 1e-3], [1e-2, 1e-3, 2e-3]):
         seen = last(watch(residuals, samples=[0.0, 2.0, 2.0] if sampled else None))
         assert np.isinf(seen.error[0])
-        assert not _number.within(seen.error, seen.residual, number(0.0))[0]
+        assert not _number.within(seen, seen.error, seen.residual, number(0.0))[0]
 
 
 @pytest.mark.parametrize("sampled", [False, True])
@@ -200,7 +200,7 @@ def test_a_residual_that_is_not_finite_never_converges(bad, sampled):
         samples = len(residuals) * [2.0] if sampled else None
         seen = last(watch(residuals, samples=samples))
         assert not np.isfinite(seen.error[0])
-        assert not _number.within(seen.error, seen.residual, number(0.0))[0]
+        assert not _number.within(seen, seen.error, seen.residual, number(0.0))[0]
 
 
 def test_a_residual_of_zero_leaves_its_roundoff():
@@ -208,11 +208,11 @@ def test_a_residual_of_zero_leaves_its_roundoff():
     seen = last(watch([1.0, 0.0], roundoff=2.0**-6))
     np.testing.assert_allclose(seen.error[0], 2.0**-6 / (1 - 2.0**-6), rtol=1e-12)
     assert seen.last[0] == 0
-    assert _number.within(seen.error, seen.residual, number(2.0**-6))[0]
+    assert _number.within(seen, seen.error, seen.residual, number(2.0**-6))[0]
     # Without round-off there is nothing left; and of a guess alone nothing is known.
     assert last(watch([1.0, 0.0])).error[0] == 0
     first = last(watch([0.0]))
-    assert not _number.within(first.error, first.residual, number(0.0))[0]
+    assert not _number.within(first, first.error, first.residual, number(0.0))[0]
 
 
 def test_a_residual_below_roundoff_counts_as_roundoff():
@@ -277,7 +277,22 @@ def test_the_amplification_is_the_largest_that_was_seen(
 def test_converged_is_an_error_of_one_and_a_residual_of_a_tenth(
     error, residual, roundoff, expected
 ):
-    assert bool(_number.within(number(error), number(residual), number(roundoff))[0]) is expected
+    within = _number.within(nothing(), number(error), number(residual), number(roundoff))
+    assert bool(within[0]) is expected
+
+
+@pytest.mark.parametrize(
+    ("residual", "roundoff", "expected"),
+    [(0.01, 0.0, True), (0.011, 0.0, False), (0.01, 0.125, True), (0.5, 0.125, True)],
+)
+def test_a_caller_may_ask_for_less_than_a_tenth(residual, roundoff, expected):
+    numbers = _number.told(
+        _number.nothing_seen(jnp.dtype(np.float64)), jnp.asarray(3.0), jnp.asarray(0.01)
+    )
+    seen = Seen(*_number.cut(numbers))
+    assert seen.most[0] == 3
+    within = _number.within(seen, number(1.0), number(residual), number(roundoff))
+    assert bool(within[0]) is expected
 
 
 @pytest.mark.parametrize(
