@@ -1,6 +1,5 @@
 """The default: the method is chosen by the size of the unknown, and whether it is batched."""
 
-import dataclasses
 import functools
 from typing import Any
 
@@ -60,10 +59,6 @@ class AutoLinearSolver(PrecisionAware):
     def __check_init__(self) -> None:
         positive_int("AutoLinearSolver(dense_limit)", self.dense_limit)
         nonnegative("AutoLinearSolver(rtol)", self.rtol)
-
-    def within(self, rtol: Any) -> "AutoLinearSolver":
-        """The same method, which may stop at the relative error `rtol`, if it has none."""
-        return self if self.rtol is not None else dataclasses.replace(self, rtol=rtol)
 
     def solve(self, A: Operator, b: Vector) -> LinearSolution:
         """Solves `A u = b`; `b` is a list of real arrays of any shapes."""

@@ -90,6 +90,11 @@ class PrecisionAware(AbstractLinearSolver):
         """The same method, where products with `A` have the round-off `epsilon`."""
         return dataclasses.replace(self, epsilon=epsilon)
 
+    def within(self, rtol: Any) -> "PrecisionAware":
+        """The same method, which may stop at the relative error `rtol`, if its own is `None`."""
+        asked = getattr(self, "rtol", 0.0)  # a method without one is exact
+        return self if asked is not None else dataclasses.replace(self, rtol=rtol)
+
     def round_off(self, b: Vector) -> float:
         """That of a product."""
         own = float(jnp.finfo(b[0].dtype).eps)

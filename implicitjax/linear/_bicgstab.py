@@ -1,6 +1,5 @@
 """The stabilised biconjugate gradient method, from JAX."""
 
-import dataclasses
 import functools
 from typing import Any
 
@@ -56,10 +55,6 @@ class BiCGStab(PrecisionAware):
     def __check_init__(self) -> None:
         nonnegative("BiCGStab(rtol)", self.rtol)
         positive_int("BiCGStab(max_steps)", self.max_steps)
-
-    def within(self, rtol: Any) -> "BiCGStab":
-        """The same method, which may stop at the relative error `rtol`, if it has none."""
-        return self if self.rtol is not None else dataclasses.replace(self, rtol=rtol)
 
     def solve(self, A: Operator, b: Vector) -> LinearSolution:
         """Solves `A u = b`; `b` is a list of real arrays of any shapes."""

@@ -1,6 +1,5 @@
 """Restarted GMRES, from JAX."""
 
-import dataclasses
 from typing import Any
 
 import jax
@@ -59,10 +58,6 @@ class GMRES(PrecisionAware):
         nonnegative("GMRES(rtol)", self.rtol)
         positive_int("GMRES(restart)", self.restart)
         positive_int("GMRES(max_steps)", self.max_steps)
-
-    def within(self, rtol: Any) -> "GMRES":
-        """The same method, which may stop at the relative error `rtol`, if it has none."""
-        return self if self.rtol is not None else dataclasses.replace(self, rtol=rtol)
 
     def solve(self, A: Operator, b: Vector) -> LinearSolution:
         """Solves `A u = b`; `b` is a list of real arrays of any shapes."""

@@ -1,5 +1,7 @@
 """The Neumann series: exact in the limit, an approximate gradient when truncated."""
 
+from typing import Any
+
 import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Float
@@ -57,7 +59,7 @@ class Neumann(PrecisionAware):
 
     terms: int | None = None
     damping: float | Float[Array, ""] = 1.0
-    rtol: float | None = None
+    rtol: Any = None
     max_steps: int = 10_000
 
     def __check_init__(self) -> None:
