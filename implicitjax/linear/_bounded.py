@@ -22,7 +22,8 @@ _ROUGH = 0.03
 _SINGULAR = 0.03
 # The amplification is this many times the largest that was seen, where it is not solved for.
 _UNSOLVED = 10.0
-# What is amplified by less than this cannot hide in a residual of a tenth of the tolerance.
+# Where `epsilon^(1/3)` is so many times `rtol`, a residual of a tenth of `rtol` hides that much of
+# the solution only in modes that are amplified by ten times this.
 _SLOW = 1e5
 _TINY = 1e-37  # no size is divided by less
 
