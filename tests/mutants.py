@@ -113,17 +113,9 @@ EQUIVALENT: dict[tuple[str, str], str] = {
         "dtype = next((leaf.dtype for leaf in leaves if jnp.iscomplexobj(leaf)), leaves[1].dtype)",
     ): "If none is complex, all are real and of the dtype of the unit.",
     (
-        "linear/_auto.py",
-        "unfinished = lambda carry: ~carry[1].trusted & ((carry[0] <= 2))",
-    ): "A third attempt starts where the second ended: it costs time, and finds what is true.",
-    (
         "linear/_base.py",
         "left, size = sub(A(u), b), jnp.sqrt(inner(b, b))",
     ): "Only the norm of the difference is used.",
-    (
-        "linear/_base.py",
-        "scaled = [jnp.where(trivial, 10.0, leaf / jnp.where(trivial, 1.0, unit)) for leaf in b]",
-    ): "The right-hand side of a system whose solution is not used.",
     (
         "linear/_bounded.py",
         "reached = (own.residual < enough)",
@@ -132,10 +124,6 @@ EQUIVALENT: dict[tuple[str, str], str] = {
         "linear/_bounded.py",
         "settings = Settings(max_steps, _tree.rms_norm, True, False, True, None)",
     ): "A history that nothing reads, of one number a step.",
-    (
-        "linear/_bounded.py",
-        'most: Float[Array, ""] | float = 1.0,',
-    ): "As in `_finish.py`: it amplifies round-off to less than the tolerance.",
 }
 
 SWAPS: dict[type, Any] = {

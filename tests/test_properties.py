@@ -198,9 +198,7 @@ def structures(draw) -> Structure:
     found = {dtype, *(leaf.dtype for leaf in leaves)}
     # Of half precision too few steep ones can be solved.
     kind = draw(st.sampled_from([k for k in SOLVERS if k != "steep" or not found & set(HALF)]))
-    linear_solvers: list[Any] = [ij.DenseLU()]
-    if kind in ("contractive", "tanh"):  # by products alone others may be refused, under `vmap`
-        linear_solvers.append(ij.AutoLinearSolver())
+    linear_solvers: list[Any] = [ij.DenseLU(), ij.AutoLinearSolver()]
     if not found & set(HALF + SINGLE):  # in which `GMRES` may end with no bound of its error
         linear_solvers.append(ij.GMRES())
     linear_solver = draw(st.sampled_from(linear_solvers))
