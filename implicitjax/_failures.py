@@ -126,7 +126,7 @@ def poison(failed: Bool[Array, ""], tree: PyTree, tie: bool = False) -> PyTree:
 
 @jax.custom_jvp
 def _poison(failed: Bool[Array, ""], x: Array) -> Array:
-    return lax.select(failed, jnp.full_like(x, jnp.nan), x)
+    return lax.select(failed, _tree.nan_like(x), x)
 
 
 @_poison.defjvp
@@ -174,7 +174,7 @@ def mark_failed(
     def solve(_: Callable, b: list) -> list:
         bad = failed & ~_tree.all_zero(b)
         bad = bad if tell is None else bad | tell(bad)
-        return [jnp.where(bad, jnp.nan, leaf).astype(leaf.dtype) for leaf in b]
+        return [jnp.where(bad, _tree.nan_like(leaf), leaf) for leaf in b]
 
     if not tangent:
         return tangent

@@ -123,7 +123,7 @@ class Guess:
             refused = refused | raise_if(tell, GuessFailure(self.paths), leaf)
         leaves = zip(refused, self.packed.unpack(like), strict=True)
         return self.packed.pack(
-            [jnp.where(no, jnp.nan, jnp.zeros_like(leaf)).astype(leaf.dtype) for no, leaf in leaves]
+            [jnp.where(no, _tree.nan_like(leaf), jnp.zeros_like(leaf)) for no, leaf in leaves]
         )
 
 

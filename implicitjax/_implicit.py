@@ -22,7 +22,7 @@ from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
 from jaxtyping import PyTree
 
 from ._guess import Guess, instantiate
-from ._tree import sub
+from ._tree import nan_like, sub
 
 Vector = list[Array]
 LinearSolve = Callable[[Callable[[Vector], Vector], Vector, PyTree], Vector]
@@ -104,7 +104,7 @@ def _by_rule_alone(x: Vector, outcome: PyTree) -> tuple[Vector, PyTree]:
     def solve(_: Callable, b: Vector) -> Vector:
         one, *leaves = b
         value = one == 1  # in a tangent it is zero
-        return [one, *(lax.select(value, a, jnp.full_like(a, jnp.nan)) for a in leaves)]
+        return [one, *(lax.select(value, a, nan_like(a)) for a in leaves)]
 
     b = lax.optimization_barrier([jnp.ones((), x[0].real.dtype), *x])  # all leaves of b move
     return lax.custom_linear_solve(lambda b: b, b, solve)[1:], outcome

@@ -61,6 +61,11 @@ def where(condition: Bool[Array, ""], x: PyTree, y: PyTree) -> PyTree:
     return jax.tree.map(lambda xi, yi: lax.select(condition, xi, yi), x, y)
 
 
+def nan_like(x: Array) -> Array:
+    """NaN in the place of `x`, of a complex number in both parts."""
+    return jnp.full_like(x, complex("nan+nanj") if jnp.iscomplexobj(x) else jnp.nan)
+
+
 def stop_gradient(tree: PyTree) -> PyTree:
     """The same arrays, as constants for every derivative."""
     return jax.tree.map(lax.stop_gradient, tree)

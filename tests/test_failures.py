@@ -255,3 +255,26 @@ def test_an_adjoint_solve_that_ran_out_of_steps_is_an_error():
     assert jnp.isnan(jax.grad(solve)(jnp.ones(40), "return")).all()
     assert jnp.isnan(jax.grad(solve)(jnp.ones(40), "nan", 6)).all()
     assert jnp.isfinite(jax.grad(solve)(jnp.ones(40), "return", 6)).all()
+
+
+@pytest.mark.parametrize("solver", [ij.Picard(), ij.Anderson(), ij.Newton()], ids=repr)
+def test_a_complex_number_that_was_not_found_is_nan_in_both_parts(solver):
+    def solve(a):
+        f = lambda x: x * x + 1j * x.real + a
+        guess = jnp.asarray(4.0 + 3.0j)
+        return ij.implicit_fixed_point(f, guess, solver=solver, max_steps=2, on_failure="nan").value
+
+    value, tangent = jax.jvp(solve, (jnp.asarray(1.0 + 2.0j),), (jnp.asarray(1.0 + 0.0j),))
+    slope = jax.grad(lambda a: solve(a).imag)(jnp.asarray(1.0 + 2.0j))
+    for number in (value, tangent, slope):
+        assert np.isnan(number.real) and np.isnan(number.imag)
+
+
+def test_a_complex_derivative_that_does_not_exist_is_nan_in_both_parts():
+    # A fold: x = x + x^2 + a at a = 0.
+    def solve(a):
+        f = lambda x: x + x * x + a
+        return ij.implicit_fixed_point(f, jnp.asarray(0.0j), on_failure="nan", max_steps=50).value
+
+    tangent = jax.jvp(solve, (jnp.asarray(0.0j),), (jnp.asarray(1.0 + 0.0j),))[1]
+    assert np.isnan(tangent.real) and np.isnan(tangent.imag)

@@ -216,7 +216,7 @@ class Anderson(AbstractSolver):
         step = _times(short, _tree.where(plain, _times(d, r), step))
         ends = short < _GIVES_UP
         out = [
-            lax.select(ends, jnp.full_like(xi, jnp.nan), xi + si * di)
+            lax.select(ends, _tree.nan_like(xi), xi + si * di)
             for xi, si, di in zip(x, scale, step, strict=True)
         ]
         return out, AndersonState(
