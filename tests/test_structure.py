@@ -377,8 +377,18 @@ MOVES = {
     "a scan that is slow": (lambda p: jax.lax.scan(lambda c, x: (x, c), 0.0, p)[1], False),
     "by itself": (lambda p: jnp.where(p > 0, p, p), True),
     "half of it": (lambda p: jnp.where(p > 0, p, 0.5 * p), False),
+    "or half of it": (lambda p: jnp.where(p > 0, 0.5 * p, p), False),
     "another type": (lambda p: p.astype(jnp.float32).astype(jnp.float64), False),
+    "a rule that says so": (lambda p: ruled(1.0)(p), True),
+    "a rule that says twice": (lambda p: ruled(2.0)(p), False),
 }
+
+
+def ruled(slope):
+    """The identity, of which a rule of its own says that this is its derivative."""
+    same = jax.custom_jvp(lambda p: p)
+    same.defjvp(lambda p, p_dot: (p[0], p_dot[0] if slope == 1 else slope * p_dot[0]))
+    return same
 
 
 @pytest.mark.parametrize("how", MOVES)
