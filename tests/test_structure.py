@@ -403,6 +403,7 @@ ORDINARY = {
     "layer": lambda x: jnp.tanh(W @ x + 1),
     "damped": lambda x: 0.5 * x + 0.5 * jnp.cos(x),
     "positive": lambda x: jnp.maximum(W @ x + 1, 0.0),
+    "rounded": lambda x: x + (0.5 * jnp.cos(x) - x).astype(jnp.float32).astype(jnp.float64),
     "relu": lambda x: jax.nn.relu(W @ x + 1) - 0.1 * x,
     "ring": lambda x: 0.3 * (jnp.roll(x, 1) + jnp.roll(x, -1)) + 1,
     "shifted": lambda x: x - 0.1 * (W @ x - 1),
