@@ -63,6 +63,7 @@ LINEAR = (
     "test_linear::test_an_equation_without_unknowns_leaves_its_unknown_to_the_guess",
     "test_linear::test_a_gauge_beside_an_equation_that_is_nearly_lost_is_not_trusted",
     "test_linear::test_a_gauge_of_a_matrix_that_is_not_symmetric",
+    "test_linear::test_a_mode_that_repels_slowly_costs_no_detour",
     "never/test_linear_error",
     "never/test_gradients::test_12_an_eigenvector_with_a_free_phase",
 )
