@@ -42,15 +42,21 @@ def run(report: Report, only: str = "") -> None:
     report.topic("budget", "what a solve adds to its map, beside the limit, float32")
     optx = optional("optimistix", report)
     for title, rows, notes in _tables(optx):
-        chosen = [row for row in rows if only in row.name]
-        if not chosen:
-            continue
-        table = report.table(title, ("figure", "at most", "mark"), label=46)
-        for row in chosen:
-            figure = row.measure()
-            table.row(row.name, figure, row.limit, "ok" if figure <= row.limit else "above")
-        for note in notes:
-            report.note(note)
+        if beside_limits(report, title, rows, only):
+            for note in notes:
+                report.note(note)
+
+
+def beside_limits(report: Report, title: str, rows: Iterable[Row], only: str) -> bool:
+    """A table of the rows whose names contain the text `only`; whether there are any."""
+    chosen = [row for row in rows if only in row.name]
+    if not chosen:
+        return False
+    table = report.table(title, ("figure", "at most", "mark"), label=46)
+    for row in chosen:
+        figure = row.measure()
+        table.row(row.name, figure, row.limit, "ok" if figure <= row.limit else "above")
+    return True
 
 
 def _tables(optx: Any) -> Iterator[tuple[str, Iterable[Row], tuple[str, ...]]]:

@@ -24,7 +24,7 @@ from jax import Array, lax
 
 import implicitjax as ij
 
-from .honesty import KINDS, Matrix, Rng
+from .honesty import KINDS, Matrix, pooled, Rng
 from .report import Report
 
 LANES = int(os.environ.get("GRADIENTS_LANES", "100"))  # maps of each kind
@@ -158,11 +158,7 @@ def tally(name: str, kind: str, dtype: str, mode: str) -> Tally:
 def run(report: Report) -> None:
     """A table for each method, and the totals by the sort of the right-hand side."""
     found: dict[tuple[str, ...], Tally] = {}
-
-    def some(*of: str) -> Tally:
-        parts = zip(*(t for key, t in found.items() if {*of} <= {*key}), strict=True)
-        return Tally._make(map(np.concatenate, parts))
-
+    some = functools.partial(pooled, found)
     with jax.enable_x64(True):
         report.topic("gradients", f"errors of gradients, {LANES} random maps of each kind")
         for name, method in METHODS.items():

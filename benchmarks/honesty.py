@@ -253,15 +253,17 @@ def tally(name: str, lanes: Batch, dtype: str) -> list[Tally]:
     return [Tally(*parts) for parts in zip(converged, excess, evaluations, oracle, strict=True)]
 
 
+def pooled(found: dict[tuple[str, ...], Any], *of: str) -> Any:
+    """The tallies, joined into one, whose keys hold all of these names."""
+    chosen = [tally for key, tally in found.items() if {*of} <= {*key}]
+    return type(chosen[0])(*map(np.concatenate, zip(*chosen, strict=True)))
+
+
 def run(report: Report) -> None:
     """A table for each solver in float64, one for float32, and the totals."""
     found: dict[tuple[str, ...], Tally] = {}
 
-    def some(*of: str) -> Tally:
-        """All solves of this dtype, solver, kind, and sort of `b`, as far as they are given."""
-        parts = zip(*(t for key, t in found.items() if {*of} <= {*key}), strict=True)
-        return Tally._make(map(np.concatenate, parts))
-
+    some = functools.partial(pooled, found)  # of this dtype, solver, kind, and sort of `b`
     with jax.enable_x64(True):
         report.topic("honesty", f"true errors and evaluations, {LANES} random maps of each kind")
         for name in SOLVERS:
