@@ -57,6 +57,11 @@ def settle(
         residual=lax.select(met, old.residual, seen.residual),
         raw=lax.select(met, old.raw, seen.raw),
         falls=lax.select(met, old.falls, seen.falls),
+        # Residuals down to round-off tell no rate: what goes on from a probe is measured from it.
+        mark=lax.select(probed, now.residual, seen.mark),
+        mark_at=lax.select(probed, seen.at, seen.mark_at),
+        earlier=lax.select(probed, now.residual, seen.earlier),
+        earlier_at=lax.select(probed, seen.at, seen.earlier_at),
     )
     code = choose(met, ACCEPTED, choose(ask, PROBING, code))
     return lax.squeeze(code, (0,)), seen
