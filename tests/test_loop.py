@@ -458,8 +458,8 @@ def test_a_solve_goes_on_from_a_probe_that_one_leaf_did_not_show():
 
     def solve(W: Array, c: Array, guess: Array) -> Array:
         f = lambda x: tuple(jnp.tanh(W @ jnp.stack(x) + c))
-        solver, guess = ij.Newton(), tuple(guess)
-        solution = ij.implicit_fixed_point(f, guess, solver=solver, on_failure="nan")
+        x0, solver = tuple(guess), ij.Newton()
+        solution = ij.implicit_fixed_point(f, x0, solver=solver, on_failure="nan")
         return jnp.stack(solution.value)
 
     arrays = (jnp.asarray(np.stack(each), jnp.float32) for each in zip(*systems, strict=True))
