@@ -58,6 +58,23 @@ def test_a_full_window_loses_little_on_a_symmetric_map(radius):
     assert int(solution.stats.num_evaluations) <= 1.2 * gmres_products(M, b, 1e-8)
 
 
+@pytest.mark.parametrize(
+    ("J", "most"),
+    [
+        (0.7 * np.eye(20) + 0.5 * np.eye(20, k=1), 60),
+        (0.42 * (sum(np.eye(50, k=k) for k in range(4)) - np.eye(50, k=-1)), 130),
+    ],
+    ids=["Jordan block", "Grcar"],
+)
+def test_where_plain_iteration_leads_nowhere_it_is_not_asked_again(J, most):
+    # Both spectra lie within 0.7 and 0.95; the residual of plain steps grows before it falls.
+    b = np.random.default_rng(12).normal(size=len(J))
+    f = lambda x: jnp.asarray(J) @ x + jnp.asarray(b)
+    solution = ij.implicit_fixed_point(f, jnp.zeros(len(J)), rtol=1e-8, atol=1e-8)
+    np.testing.assert_allclose(solution.value, np.linalg.solve(np.eye(len(J)) - J, b), rtol=1e-6)
+    assert int(solution.stats.num_evaluations) <= most
+
+
 def test_kinks_do_not_stay_in_the_window():
     # Nonnegative least squares by projected gradients; the solution by its active set.
     rng = np.random.default_rng(3)

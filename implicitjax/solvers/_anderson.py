@@ -71,7 +71,8 @@ class Anderson(AbstractSolver):
     that the last difference has least of, not the oldest iterate. Where the Jacobian is symmetric
     nothing is lost by it, as in the truncated method of He and others: slow modes stay known. A
     window as large as the unknown forgets the oldest difference, since there every direction is
-    needed.
+    needed; where plain iteration leads nowhere, no difference replaces it that has next to nothing
+    of its direction.
 
     Safeguards, each measured in `benchmarks/`: a step that makes the residual ten times the least
     one, or not finite, is taken back, and the next one goes half as far along the residual; what
@@ -177,21 +178,26 @@ class Anderson(AbstractSolver):
         others = state.active & ~here
         whole, a = _tree.dot(dr, dr), lax.select(others, a, zeros)
         empty = stalled | (back & (fraction < _SHORT))
-        empty = empty | ~(whole - jnp.sum(jnp.square(a)) > _NEW * whole)
+        same = ~(whole - jnp.sum(jnp.square(a)) > _NEW * whole)
+        teaches = finite
         if state.left is not None:
-            empty = empty | (residual > _MISLED * state.left)
-        # A value that is not finite teaches nothing: the column in the slot stays.
-        others = lax.select(finite, others & ~empty, state.active)
-        a = lax.select(finite, lax.select(others, a, zeros), here.astype(a.dtype))
+            empty = empty | same | (residual > _MISLED * state.left)
+        else:  # where plain iteration is no guide, every direction is needed
+            needed = self.affine | lax.squeeze(guard.free > 0, (0,))
+            teaches = finite & (empty | ~(same & needed))
+            empty = empty | same
+        # Of what teaches nothing the column in the slot stays.
+        others = lax.select(teaches, others & ~empty, state.active)
+        a = lax.select(teaches, lax.select(others, a, zeros), here.astype(a.dtype))
         V_h, U_h = (_tree.combine_columns(columns, a) for columns in (V, U))
 
         # The new column: what of the difference is new.
-        v, u = _tree.where(finite, (_tree.sub(dr, V_h), _tree.sub(dx, U_h)), (V_h, U_h))
+        v, u = _tree.where(teaches, (_tree.sub(dr, V_h), _tree.sub(dx, U_h)), (V_h, U_h))
         size, nothing = length(v), [jnp.zeros_like(vi) for vi in v]
         some = (size > 0) & (size < jnp.inf)
         shorten = 1 / lax.select(some, size, jnp.ones_like(size))
         v, u = _tree.where(some, (_times(shorten, v), _times(shorten, u)), (nothing, nothing))
-        usable = some & finite & started
+        usable = some & teaches & started
         active = (here & usable) | others
         V, U = (
             [
@@ -226,7 +232,7 @@ class Anderson(AbstractSolver):
             r=raw,
             V=V,
             U=U,
-            S=None if S is None else lax.select(finite, _record(S, a, shorten, here, others), S),
+            S=None if S is None else lax.select(teaches, _record(S, a, shorten, here, others), S),
             active=active,
             left=left,
             guard=numbers,

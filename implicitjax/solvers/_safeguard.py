@@ -9,9 +9,8 @@ from jaxtyping import Bool, Float
 
 # A residual above so many times the least one is taken back.
 _GREW = 10.0
-# After so many plain steps in a row, and for so many steps, an extrapolation may go against the
-# residual.
-_PLAIN, _FREE = 100.0, 20.0
+# After so many plain steps in a row an extrapolation may go against the residual.
+_PLAIN = 100.0
 
 # A number, as an array of one entry: so they are cut from a vector, and put back, at once.
 Number = Float[Array, " 1"]
@@ -24,7 +23,8 @@ class Safeguard(NamedTuple):
     - `fraction`: the part of the residual that a step goes, halved by each step back.
     - `short`: the part of a step that is taken, halved where a value is not finite.
     - `plain`: how many plain steps in a row led here.
-    - `free`: for how many steps an extrapolation may go against the residual.
+    - `free`: 1 from where plain steps have led nowhere, and an extrapolation may go against the
+      residual; 0 before.
     """
 
     best: Number
@@ -50,13 +50,12 @@ def look(
     """Whether the last step is taken back, and whether the solve has stalled.
 
     A step is taken back if its residual is ten times the least one, or not finite. Plain steps that
-    are taken back show that plain iteration leads away. A solve has stalled after `patience` steps
-    without a lesser residual.
+    are taken back show that plain iteration leads away, for the rest of the solve. It has stalled
+    after `patience` steps without a lesser residual.
     """
     guard = Safeguard(*lax.split(numbers, [1] * numbers.size))
     now, finite = residual[None], finite[None]
-    number = lambda c: np.full(1, c, now.dtype)
-    none, half, one, two = map(number, (0, 0.5, 1, 2))
+    none, half, one, two = (np.full(1, c, now.dtype) for c in (0, 0.5, 1, 2))
     back, better = ~(now <= _GREW * guard.best), now < guard.best
     since = lax.select(better, none, guard.since + one)
     stalled = (since >= patience) & ~back
@@ -68,7 +67,7 @@ def look(
         since=lax.select(stalled, none, since),
         fraction=jnp.minimum(fraction, one),
         short=jnp.minimum(short, one),
-        free=lax.select(led_away, number(_FREE), jnp.maximum(guard.free - one, none)),
+        free=lax.select(led_away, one, guard.free),
     )
     return guard, lax.squeeze(back, (0,)), lax.squeeze(stalled, (0,))
 
@@ -84,5 +83,5 @@ def choose(
     """
     plain = bare[None] | (against[None] & (guard.free == 0))
     row = lax.select(plain, guard.plain + 1, jnp.zeros_like(guard.plain))
-    free = lax.select(row >= _PLAIN, jnp.full_like(guard.free, _FREE), guard.free)
+    free = lax.select(row >= _PLAIN, jnp.ones_like(row), guard.free)
     return lax.concatenate(guard._replace(plain=row, free=free), 0), lax.squeeze(plain, (0,))
