@@ -57,6 +57,8 @@ class Diagnosis:
     - `missing`: what could not be had, and why.
     - `advice`: what to try, in words.
     - `structure`: the roles of all leaves, as by `structure`.
+    - `root`: whether it is a root that is looked for, `g(x) = 0`. Then `f(x)` is `x - s g(x)`, and
+      residuals are those of `s g`.
     """
 
     unknowns: int
@@ -71,6 +73,7 @@ class Diagnosis:
     missing: tuple[str, ...]
     advice: tuple[str, ...]
     structure: Structure
+    root: bool = False
 
     def __str__(self) -> str:
         return "\n".join(self._lines())
@@ -79,7 +82,8 @@ class Diagnosis:
 
     def _lines(self) -> Iterator[str]:
         if self.leaves:
-            yield f"x = f(x) in {number(self.unknowns)} unknown reals; worst residual first"
+            what = "g(x) = 0, as x = f(x) with f(x) = x - s g(x)," if self.root else "x = f(x)"
+            yield f"{what} in {number(self.unknowns)} unknown reals; worst residual first"
             yield from _table(self.leaves[:_ROWS])
             if len(self.leaves) > _ROWS:
                 yield f"and {len(self.leaves) - _ROWS} more leaves, with smaller residuals"

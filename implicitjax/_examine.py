@@ -61,6 +61,7 @@ def examine(problem: Problem, at: list, structure: Callable[[list], Structure]) 
         missing=tuple(missing),
         advice=tuple(advise(figures)),
         structure=structure(at),
+        root=problem.root,
     )
 
 

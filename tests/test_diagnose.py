@@ -237,6 +237,8 @@ def test_a_root():
     d = ij.diagnose(lambda x: x**3 - 8.0, 2.0, root=True)
     np.testing.assert_allclose(d.smallest_singular_value.value, 1.0, rtol=1e-6)
     assert d.advice[0].startswith("x is a solution")
+    head = "g(x) = 0, as x = f(x) with f(x) = x - s g(x), in 1 unknown reals; worst residual first"
+    assert d.root and str(d).splitlines()[0] == head
 
 
 def test_from_a_solve_that_failed():
