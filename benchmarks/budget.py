@@ -129,8 +129,10 @@ def _compile_rows(optx: Any) -> Iterator[Row]:
         ("60 leaves of 50", ring(60), (1, 0.7), 3),
     )
     for name, case, limits, pairs in cases:
-        value = [_compilation(solve, case) for solve in (_solve, theirs)]
-        gradient = [_compilation(lambda f, s=s: _gradient(s(f)), case) for s in (_solve, theirs)]
+        value = [compilation_of(solve, case) for solve in (solve_by_ours, theirs)]
+        gradient = [
+            compilation_of(lambda f, s=s: gradient_of(s(f)), case) for s in (solve_by_ours, theirs)
+        ]
         for what, clocks, limit in zip(
             ("value", "gradient"), (value, gradient), limits, strict=True
         ):
@@ -140,12 +142,12 @@ def _compile_rows(optx: Any) -> Iterator[Row]:
 
 def _leaves_rows() -> Iterator[Row]:
     """How compile time grows with the number of leaves."""
-    clocks = [_compilation(_solve, ring(leaves)) for leaves in (60, 1)]
+    clocks = [compilation_of(solve_by_ours, ring(leaves)) for leaves in (60, 1)]
     measure = functools.partial(paired, *clocks, pairs=5)
     yield Row("compile, 60 leaves beside one: value", 4, measure)
 
 
-def _compilation(solve: Callable[[Map], Program], case: tuple[Map, Any, Any]) -> Clock:
+def compilation_of(solve: Callable[[Map], Program], case: tuple[Map, Any, Any]) -> Clock:
     """Tracing and compiling; the map is a new function each time, which no cache can hold."""
     f, x0, theta = case
 
@@ -156,11 +158,12 @@ def _compilation(solve: Callable[[Map], Program], case: tuple[Map, Any, Any]) ->
     return clock
 
 
-def _solve(f: Map, **keywords: Any) -> Program:
+def solve_by_ours(f: Map, **keywords: Any) -> Program:
+    """The value, by implicitjax."""
     return lambda x0, theta: ij.implicit_fixed_point(f, x0, theta, **keywords).value
 
 
-def _gradient(program: Program) -> Program:
+def gradient_of(program: Program) -> Program:
     """The gradient of the sum of squares of the value, in the parameters."""
 
     def loss(x0: Any, theta: Any) -> Array:
@@ -175,7 +178,7 @@ def _gradient(program: Program) -> Program:
 def _size_rows() -> Iterator[Row]:
     f, x0, theta = dense(64)
     for name, solver, limit in (("Picard", ij.Picard(), 250), ("Anderson", ij.Anderson(), 420)):
-        solve = _solve(f, solver=solver, on_failure="nan")
+        solve = solve_by_ours(f, solver=solver, on_failure="nan")
         yield Row(f"equations, {name}", limit, lambda s=solve: equations(s, x0, theta))
 
 
@@ -212,15 +215,15 @@ def _beside_hand(make: Callable[[], tuple[Map, Any, Any]], pairs: int) -> float:
     f, x0, theta = make()
     stats = ij.implicit_fixed_point(f, x0, theta, solver=ij.Picard()).stats
     evaluations = int(stats.num_evaluations)
-    tolerance = _tolerance(f, x0, theta, evaluations)
+    tolerance = tolerance_met_at(f, x0, theta, evaluations)
     hand = lambda x0, theta: by_hand(f, x0, tolerance, gmres_adjoint)(theta)
     count = int(jax.jit(hand)(x0, theta)[1])
     assert count == evaluations, f"by hand {count} evaluations, ours {evaluations}"
-    programs = (_solve(f, solver=ij.Picard()), lambda x0, theta: hand(x0, theta)[0])
-    return paired(*(_running(p, x0, theta) for p in programs), pairs=pairs)
+    programs = (solve_by_ours(f, solver=ij.Picard()), lambda x0, theta: hand(x0, theta)[0])
+    return paired(*(running(p, x0, theta) for p in programs), pairs=pairs)
 
 
-def _tolerance(f: Map, x0: Array, theta: Any, evaluations: int) -> Array:
+def tolerance_met_at(f: Map, x0: Array, theta: Any, evaluations: int) -> Array:
     """A tolerance that Picard's iteration meets at the last of so many evaluations and not before:
     the geometric mean of the last two residual norms."""
 
@@ -237,14 +240,14 @@ def _raise_rows() -> Iterator[Row]:
 
     def measure(solver: ij.AbstractSolver) -> float:
         f, x0, theta = dense(2000)
-        programs = (_solve(f, solver=solver, on_failure=how) for how in ("raise", "return"))
-        return paired(*(_running(p, x0, theta) for p in programs), pairs=201)
+        programs = (solve_by_ours(f, solver=solver, on_failure=how) for how in ("raise", "return"))
+        return paired(*(running(p, x0, theta) for p in programs), pairs=201)
 
     for name, solver in (("Picard", ij.Picard()), ("Anderson", ij.Anderson())):
         yield Row(f"raise, dense, n = 2 000: {name}", 1.05, functools.partial(measure, solver))
 
 
-def _running(program: Callable, *args: Any) -> Clock:
+def running(program: Callable, *args: Any) -> Clock:
     """Calls of the compiled program."""
     return steady(functools.partial(jax.jit(program).lower(*args).compile(), *args))
 
@@ -281,9 +284,9 @@ def _anderson_step() -> float:
 
     V = jnp.asarray(np.random.default_rng(0).normal(size=(memory, n)), jnp.float32)
     clocks = (
-        _running(_solve(f, **keywords), x0, b),
-        _running(evaluate, x0, b),
-        _running(combine, V, jnp.full(memory, 1 / memory)),
+        running(solve_by_ours(f, **keywords), x0, b),
+        running(evaluate, x0, b),
+        running(combine, V, jnp.full(memory, 1 / memory)),
     )
     in_passes = lambda solve, evaluate, combine: (solve - evaluate) / STEPS / (4 * combine)
     return paired(*clocks, pairs=9, ratio=in_passes)

@@ -19,17 +19,17 @@ from jax import Array, lax
 import implicitjax as ij
 
 from .budget import (
-    _compilation,
-    _gradient,
-    _running,
-    _solve,
-    _tolerance,
     beside_limits,
+    compilation_of,
     dense,
+    gradient_of,
     Row,
+    running,
+    solve_by_ours,
     stencil,
+    tolerance_met_at,
 )
-from .compiled import by_hand, RTOL
+from .compiled import by_hand, neumann_series, RTOL
 from .products import families, fewest
 from .report import optional, Report
 from .timing import paired
@@ -69,26 +69,14 @@ def _beside_picard(make: Callable, pairs: int, rate: float) -> float:
     f, x0, theta = make()
     picard = ij.Picard()
     evaluations = int(ij.implicit_fixed_point(f, x0, theta, solver=picard).stats.num_evaluations)
-    tolerance = _tolerance(f, x0, theta, evaluations)
-    adjoint = lambda A, b: _picard_adjoint(A, b, RTOL * (1 - rate))
+    tolerance = tolerance_met_at(f, x0, theta, evaluations)
+    # A residual within so much of `u` leaves an error of `RTOL |u|` (Banach).
+    enough = RTOL * (1 - rate)
+    large = lambda u, r: jnp.sum(r**2) > enough**2 * jnp.sum(u**2)
+    adjoint = lambda A, b: neumann_series(A, b, large)
     hand = lambda x0, theta: by_hand(f, x0, tolerance, adjoint)(theta)[0]
-    programs = (_gradient(_solve(f, solver=picard)), _gradient(hand))
-    return paired(*(_running(p, x0, theta) for p in programs), pairs=pairs)
-
-
-def _picard_adjoint(A: Callable, b: Array, rtol: float) -> Array:
-    """`u = u + (b - A u)`, until the residual is within `rtol |u|`."""
-
-    def unfinished(carry: tuple) -> Array:
-        u, r = carry
-        return jnp.sum(r**2) > rtol**2 * jnp.sum(u**2)
-
-    def step(carry: tuple) -> tuple:
-        u, r = carry
-        u = u + r
-        return u, b - A(u)
-
-    return lax.while_loop(unfinished, step, (b, b - A(b)))[0]
+    programs = (gradient_of(solve_by_ours(f, solver=picard)), gradient_of(hand))
+    return paired(*(running(p, x0, theta) for p in programs), pairs=pairs)
 
 
 # Beside other libraries.
@@ -101,11 +89,11 @@ def _beside_optimistix(optx: Any) -> Iterator[Row]:
     def programs(n: int) -> tuple:
         f, x0, theta = stencil(n, rate=0.9)
         value = lambda x0, theta: theirs(f)(x0, theta).value
-        return (_gradient(_solve(f)), _gradient(value)), (x0, theta)
+        return (gradient_of(solve_by_ours(f)), gradient_of(value)), (x0, theta)
 
     def time(n: int, pairs: int) -> float:
         both, args = programs(n)
-        return paired(*(_running(p, *args) for p in both), pairs=pairs)
+        return paired(*(running(p, *args) for p in both), pairs=pairs)
 
     def memory(n: int) -> float:
         both, args = programs(n)
@@ -131,18 +119,18 @@ def _beside_jaxopt(jaxopt: Any) -> Iterator[Row]:
 def _beside_better(jaxopt: Any, make: Callable, pairs: int) -> float:
     """The larger of the two ratios: beside each of its solvers that reaches our accuracy."""
     f, x0, theta = make()
-    exact = _flat(jax.jit(_gradient(_solve(f, rtol=1e-6, atol=1e-7)))(x0, theta))
+    exact = _flat(jax.jit(gradient_of(solve_by_ours(f, rtol=1e-6, atol=1e-7)))(x0, theta))
     error = lambda program: float(
         jnp.linalg.norm(_flat(jax.jit(program)(x0, theta)) - exact) / jnp.linalg.norm(exact)
     )
-    ours = _gradient(_solve(f))
+    ours = gradient_of(solve_by_ours(f))
     wanted = max(error(ours), 1e-6)
     ratios = []
     for kind in (jaxopt.FixedPointIteration, jaxopt.AndersonAcceleration):
         for tol in 10.0 ** -np.arange(2.0, 7.0, 0.5):
-            theirs = _gradient(_jaxopt(jaxopt, kind, f, x0.size, tol))
+            theirs = gradient_of(_jaxopt(jaxopt, kind, f, x0.size, tol))
             if error(theirs) <= 2 * wanted:
-                clocks = (_running(program, x0, theta) for program in (ours, theirs))
+                clocks = (running(program, x0, theta) for program in (ours, theirs))
                 ratios.append(paired(*clocks, pairs=pairs))
                 break
     return max(ratios)
@@ -191,8 +179,8 @@ def _unrolled(f: Callable, steps: int) -> Callable:
 def _compile_slow() -> float:
     case = slow_to_compile()
     clocks = (
-        _compilation(lambda f: _gradient(_solve(f)), case),
-        _compilation(lambda f: _gradient(_unrolled(f, 15)), case),
+        compilation_of(lambda f: gradient_of(solve_by_ours(f)), case),
+        compilation_of(lambda f: gradient_of(_unrolled(f, 15)), case),
     )
     return paired(*clocks, pairs=3)
 
@@ -214,8 +202,8 @@ def _train() -> float:
 
         return step
 
-    programs = (train(_solve(f)), train(_unrolled(f, 30)))
-    return paired(*(_running(p, theta, inputs) for p in programs), pairs=31)
+    programs = (train(solve_by_ours(f)), train(_unrolled(f, 30)))
+    return paired(*(running(p, theta, inputs) for p in programs), pairs=31)
 
 
 # Products.
