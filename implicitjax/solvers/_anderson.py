@@ -13,7 +13,7 @@ from .._check import damping_factor, positive_int
 from .._packing import Packing
 from ._base import AbstractSolver, Iterate, Map
 from ._safeguard import choose, look, unguarded
-from ._scale import length, sizes
+from ._scale import combine, length, sizes
 
 # Columns at the most: of up to so many unknowns, and of more.
 _COLUMNS, _LARGE, _FEWER = 20, 10**5, 10
@@ -196,7 +196,7 @@ class Anderson(AbstractSolver):
         size, nothing = length(v), [jnp.zeros_like(vi) for vi in v]
         some = (size > 0) & (size < jnp.inf)
         shorten = 1 / lax.select(some, size, jnp.ones_like(size))
-        v, u = _tree.where(some, (_times(shorten, v), _times(shorten, u)), (nothing, nothing))
+        v, u = _tree.where(some, (combine((shorten, v)), combine((shorten, u))), (nothing, nothing))
         usable = some & teaches & started
         active = (here & usable) | others
         V, U = (
@@ -212,14 +212,14 @@ class Anderson(AbstractSolver):
         rest = _tree.sub(r, _tree.combine_columns(V, g))
         away = _tree.combine_columns(U, g)
         d = jnp.asarray(self.damping).astype(size.dtype) * fraction
-        step = _tree.sub(_times(d, rest), away)
+        step = _tree.sub(combine((d, rest)), away)
         against = jnp.zeros((), bool) if self.affine else _tree.dot(step, r) <= 0
         numbers, plain = choose(guard, against, ~jnp.any(active))
         known = jnp.any(others) & ~(back | plain)
         left = (
             None if S is not None else lax.select(known, length(rest), jnp.full_like(size, jnp.inf))
         )
-        step = _times(short, _tree.where(plain, _times(d, r), step))
+        step = combine((short, _tree.where(plain, combine((d, r)), step)))
         ends = short < _GIVES_UP
         out = [
             lax.select(ends, _tree.nan_like(xi), xi + si * di)
@@ -270,9 +270,3 @@ def _record(
     S = jnp.where(others[:, None] & others[None], S, 0)
     column = shorten * (here.astype(S.dtype) - S @ a)
     return S + jnp.outer(column, here.astype(S.dtype))
-
-
-def _times(factor: Float[Array, ""], x: Iterate) -> Iterate:
-    """In wide precision, since the factor may not fit a narrow one."""
-    wide = [_tree.widen(xi, factor.dtype) for xi in x]
-    return [(wi * factor.astype(wi.dtype)).astype(xi.dtype) for wi, xi in zip(wide, x, strict=True)]

@@ -43,11 +43,14 @@ def safe_ratio(a: Array, b: Array, otherwise: float) -> Array:
 
 
 def combine(*terms: tuple[Any, list]) -> list:
-    """`sum a v` for pairs of a number and a vector like the first, each leaf in its own dtype."""
+    """`sum a v` for pairs of a number and a vector like the first, each leaf in its own dtype.
+
+    In the precision of the widest leaf, since a number may not fit a narrow one.
+    """
     (_, like), *_ = terms
-    out = []
+    dtype, out = _tree.accumulation_dtype(like), []
     for i, leaf in enumerate(like):
-        wide = [(a, _tree.widen(v[i], _tree.accumulation_dtype(leaf))) for a, v in terms]
+        wide = [(a, _tree.widen(v[i], dtype)) for a, v in terms]
         parts = [jnp.asarray(a).astype(vi.dtype) * vi for a, vi in wide]
         out.append(sum(parts[1:], parts[0]).astype(leaf.dtype))
     return out
