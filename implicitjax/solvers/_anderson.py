@@ -1,6 +1,5 @@
 """Anderson acceleration."""
 
-import dataclasses
 from typing import ClassVar
 
 import equinox as eqx
@@ -10,8 +9,7 @@ from jaxtyping import Bool, Float, Int
 
 from .. import _tree
 from .._check import damping_factor, positive_int
-from .._packing import Packing
-from ._base import AbstractSolver, Iterate, Map
+from ._base import Iterate, LeafAware, Map
 from ._safeguard import choose, look, unguarded
 from ._scale import combine, length, sizes
 
@@ -54,7 +52,7 @@ class AndersonState(eqx.Module):
     guard: Float[Array, " numbers"]
 
 
-class Anderson(AbstractSolver):
+class Anderson(LeafAware):
     r"""Anderson acceleration, with the window kept orthonormal, and steps taken back.
 
     With the residual `r = f(x) - x`, and its last differences and those of the iterates as
@@ -91,7 +89,7 @@ class Anderson(AbstractSolver):
     - `memory`: columns kept, at most; never more than there are unknowns. `None` for 20, and for 10
       beyond 100,000 unknowns.
     - `damping`: `d`, above 0 and at most 1.
-    - `layout`: which entries are of one leaf; set by the loop.
+    - `layout`: which entries are of one leaf; set by the solve.
     - `affine`: whether the map is known to be affine, so that there is one solution, and it does
       not matter where plain iteration leads; set by the linear solvers.
 
@@ -116,17 +114,12 @@ class Anderson(AbstractSolver):
 
     memory: int | None = None
     damping: float | Float[Array, ""] = 1.0
-    layout: Packing | None = eqx.field(static=True, default=None)
     affine: bool = eqx.field(static=True, default=False)
 
     def __check_init__(self) -> None:
         if self.memory is not None:
             positive_int("Anderson(memory)", self.memory)
         damping_factor("Anderson(damping)", self.damping)
-
-    def arrange(self, layout: Packing) -> "Anderson":
-        """The same method, which knows the leaves in its vectors."""
-        return dataclasses.replace(self, layout=layout)
 
     def init(self, x: Iterate) -> AndersonState:
         """An empty window."""

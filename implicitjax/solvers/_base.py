@@ -1,11 +1,14 @@
 """What a solver is: how to make the next iterate."""
 
 import abc
+import dataclasses
 from collections.abc import Callable
 from typing import Any, ClassVar
 
 import equinox as eqx
 from jax import Array
+
+from .._packing import Packing
 
 Iterate = list[Array]
 Map = Callable[[Iterate], Iterate]
@@ -50,7 +53,7 @@ class AbstractSolver(eqx.Module):
         """Overridden by `Picard` alone."""
         return False
 
-    def arrange(self, layout: Any) -> "AbstractSolver":
+    def arrange(self, layout: Packing) -> "AbstractSolver":
         """The method for vectors in which several leaves travel; see `_packing.py`."""
         return self
 
@@ -65,3 +68,16 @@ class AbstractSolver(eqx.Module):
         `f` is there for methods that need products with its Jacobian; its values are
         evaluated by the loop.
         """
+
+
+class LeafAware(AbstractSolver):
+    """A method that measures each leaf in units of its own size.
+
+    - `layout`: which entries are of one leaf, `None` where a vector is one; set by the solve.
+    """
+
+    layout: Packing | None = eqx.field(static=True, default=None, kw_only=True, repr=False)
+
+    def arrange(self, layout: Packing) -> "LeafAware":
+        """The same method, which knows the leaves in its vectors."""
+        return dataclasses.replace(self, layout=layout)

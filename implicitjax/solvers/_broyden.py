@@ -1,6 +1,5 @@
 """Broyden's method."""
 
-import dataclasses
 from typing import ClassVar
 
 import equinox as eqx
@@ -10,8 +9,7 @@ from jaxtyping import Float, Int
 
 from .. import _tree
 from .._check import damping_factor, positive_int
-from .._packing import Packing
-from ._base import AbstractSolver, Iterate, Map
+from ._base import Iterate, LeafAware, Map
 from ._scale import combine, in_units, length, safe_ratio, sizes
 
 # An iterate is taken back where its residual is so many times the least one.
@@ -42,7 +40,7 @@ class BroydenState(eqx.Module):
     V: Iterate
 
 
-class Broyden(AbstractSolver):
+class Broyden(LeafAware):
     r"""Broyden's good method with a limited memory.
 
     With the residual `r = f(x) - x` and `G`, which stands for `(I - J)^-1`, the step is `G r`,
@@ -69,7 +67,7 @@ class Broyden(AbstractSolver):
 
     - `memory`: updates kept, at most.
     - `damping`: `d`, above 0 and at most 1.
-    - `layout`: which entries are of one leaf; set by the loop.
+    - `layout`: which entries are of one leaf; set by the solve.
 
     **Raises**
 
@@ -93,15 +91,10 @@ class Broyden(AbstractSolver):
 
     memory: int = 20
     damping: float = 1.0
-    layout: Packing | None = eqx.field(static=True, default=None)
 
     def __check_init__(self) -> None:
         positive_int("Broyden(memory)", self.memory)
         damping_factor("Broyden(damping)", self.damping)
-
-    def arrange(self, layout: Packing) -> "Broyden":
-        """The same method, which knows the leaves in its vectors."""
-        return dataclasses.replace(self, layout=layout)
 
     def init(self, x: Iterate) -> BroydenState:
         """No update, and no iterate."""

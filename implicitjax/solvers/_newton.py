@@ -1,6 +1,5 @@
 """Newton's method."""
 
-import dataclasses
 from typing import ClassVar
 
 import equinox as eqx
@@ -10,12 +9,11 @@ from jax import Array, lax
 from jaxtyping import Float, Int
 
 from .. import _tree
-from .._packing import Packing
 from ..linear import AbstractLinearSolver, AutoLinearSolver
 from ..linear._base import default_rtol, Operator, scaled_solve, Vector
 from ..linear._lineax import as_linear_solver
 from ..linear._transposable import with_derivatives
-from ._base import AbstractSolver, Iterate, Map
+from ._base import Iterate, LeafAware, Map
 from ._scale import in_units, length, safe_ratio, sizes
 
 # A residual has fallen enough if it did by this part of the step.
@@ -48,7 +46,7 @@ class NewtonState(eqx.Module):
     last: Float[Array, ""]
 
 
-class Newton(AbstractSolver):
+class Newton(LeafAware):
     """Newton's method for `f(x) - x = 0`: `x <- x + (I - J)^-1 (f(x) - x)`.
 
     Converges quadratically near a solution where `I - J` is regular, contractive or not.
@@ -72,7 +70,7 @@ class Newton(AbstractSolver):
 
     - `linear_solver`: for the system with `I - J`; `AutoLinearSolver()` by default. One of Lineax
       is taken too. The forcing term is for those which have an `rtol` that was not set.
-    - `layout`: which entries are of one leaf; set by the loop.
+    - `layout`: which entries are of one leaf; set by the solve.
 
     **Raises**
 
@@ -96,11 +94,6 @@ class Newton(AbstractSolver):
     linear_solver: AbstractLinearSolver = eqx.field(
         default_factory=AutoLinearSolver, converter=as_linear_solver
     )
-    layout: Packing | None = eqx.field(static=True, default=None)
-
-    def arrange(self, layout: Packing) -> "Newton":
-        """The same method, which knows the leaves in its vectors."""
-        return dataclasses.replace(self, layout=layout)
 
     def init(self, x: Iterate) -> NewtonState:
         """Nothing is known."""

@@ -1,6 +1,5 @@
 """The squared extrapolation method."""
 
-import dataclasses
 from typing import ClassVar
 
 import equinox as eqx
@@ -9,8 +8,7 @@ from jax import Array, lax
 from jaxtyping import Int
 
 from .. import _tree
-from .._packing import Packing
-from ._base import AbstractSolver, Iterate, Map
+from ._base import Iterate, LeafAware, Map
 from ._scale import combine, in_units, length, safe_ratio, sizes
 
 # An extrapolated point whose residual is so many times the last one is given up.
@@ -33,7 +31,7 @@ class SquaremState(eqx.Module):
     r: Iterate
 
 
-class Squarem(AbstractSolver):
+class Squarem(LeafAware):
     r"""The squared extrapolation method SQUAREM, scheme S3.
 
     Two plain steps from `x` tell `r = f(x) - x` and `v = (f(f(x)) - f(x)) - r`. With the
@@ -54,7 +52,7 @@ class Squarem(AbstractSolver):
 
     **Arguments**
 
-    - `layout`: which entries are of one leaf; set by the loop.
+    - `layout`: which entries are of one leaf; set by the solve.
 
     ```python
     >>> import jax.numpy as jnp, implicitjax as ij
@@ -69,12 +67,6 @@ class Squarem(AbstractSolver):
     """
 
     takes_back: ClassVar[bool] = True
-
-    layout: Packing | None = eqx.field(static=True, default=None)
-
-    def arrange(self, layout: Packing) -> "Squarem":
-        """The same method, which knows the leaves in its vectors."""
-        return dataclasses.replace(self, layout=layout)
 
     def init(self, x: Iterate) -> SquaremState:
         """The start of the first cycle."""
