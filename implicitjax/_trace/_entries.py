@@ -23,7 +23,7 @@ from jax.interpreters import partial_eval
 from jaxtyping import Bool
 
 from . import _labels
-from ._equation import apply, CALLS, COPIES, ELEMENTWISE, opened
+from ._equation import apply, CALLS, COPIES, CUSTOM, ELEMENTWISE, opened
 from ._flow import identities, inexact
 from ._labels import EXACT, GIVEN, Labelled, MANY
 
@@ -277,13 +277,13 @@ def _rounds(
 
 
 _RULES = {
-    **dict.fromkeys(("reshape", "squeeze", "expand_dims", "broadcast_in_dim"), _moving(0)),
+    **dict.fromkeys(("reshape", "squeeze", "broadcast_in_dim"), _moving(0)),
     **dict.fromkeys(("transpose", "rev", "slice", "dynamic_slice", "gather"), _moving(0)),
     **dict.fromkeys(("split", "unstack", "tile"), _moving(0)),
     **dict.fromkeys(("concatenate", "stack", "pad"), _moving()),
     "dynamic_update_slice": _moving(0, 1),
     "scatter": _moving(0, 2),
-    **dict.fromkeys(("scatter-add", "scatter-sub", "scatter-mul", "scatter_mul"), _scatter_into),
+    **dict.fromkeys(("scatter-add", "scatter-sub", "scatter-mul"), _scatter_into),
     "convert_element_type": _convert,
     "select_n": _select,
     "max": _extreme(jnp.greater),
@@ -293,7 +293,7 @@ _RULES = {
     "sub": _neutral(0, 1),
     "mul": _product,
     "div": _neutral(1, 1),
-    **dict.fromkeys(("custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr"), _custom),
+    **dict.fromkeys(CUSTOM, _custom),
     "cond": _cond,
     "scan": _scan,
     "while": _while,

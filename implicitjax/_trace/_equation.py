@@ -11,21 +11,18 @@ from jax.core import eval_jaxpr
 # Operations that return their operands.
 COPIES = (
     "copy",
-    "copy_p",
     "device_put",
     "layout_constraint",
-    "mesh_cast",
     "name",
     "optimization_barrier",
     "reshard",
     "sharding_constraint",
 )
 
-# Those that call one jaxpr, and the name of that.
-CALLS = {
-    **dict.fromkeys(("jit", "pjit", "checkpoint", "remat", "remat2"), "jaxpr"),
-    **dict.fromkeys(("closed_call", "core_call"), "call_jaxpr"),
-}
+# Those that call one jaxpr, and the name of that parameter.
+CALLS = {"jit": "jaxpr", "remat2": "jaxpr", "closed_call": "call_jaxpr"}
+# Those that call one jaxpr, `call_jaxpr`, and have a derivative of their own.
+CUSTOM = ("custom_jvp_call", "custom_vjp_call")
 # Those of whose results each entry is a function of the operands' entries at its place.
 ELEMENTWISE = frozenset(
     "abs acos acosh and asin asinh atan atan2 atanh cbrt ceil cos cosh eq exp exp2 expm1 floor ge "

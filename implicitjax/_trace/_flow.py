@@ -9,7 +9,7 @@ import jax
 import jax.extend.core as jec
 import numpy as np
 
-from ._equation import alone, CALLS, COPIES, opened
+from ._equation import alone, CALLS, COPIES, CUSTOM, opened
 from ._view import Flow, stationary, union, View
 
 
@@ -159,9 +159,8 @@ def _custom(eqn: jec.JaxprEqn, operands: list[Flow]) -> list[Flow]:
     """A call with a derivative of its own. The rule may read any operand, whatever the body reads,
     so that whatever has a derivative depends on every operand.
     """
-    body = eqn.params["fun_jaxpr" if "fun_jaxpr" in eqn.params else "call_jaxpr"]
     outputs = _opaque(eqn, operands)
-    for k, flow in enumerate(_flow(opened(body), operands)):
+    for k, flow in enumerate(_flow(opened(eqn.params["call_jaxpr"]), operands)):
         if not inexact(eqn.outvars[k]):
             outputs[k] = flow  # it has no derivative
     for k, i in enumerate(identities(eqn) if any(o.hands for o in operands) else ()):
@@ -174,9 +173,8 @@ def identities(eqn: jec.JaxprEqn) -> list[int | None]:
     """For each output of a call with a derivative of its own the operand that it is. The value is
     not enough: the rule must hand on the tangent, or the cotangent, as well.
     """
-    key = "fun_jaxpr" if "fun_jaxpr" in eqn.params else "call_jaxpr"
     found: list[int | None] = []
-    for k, flow in enumerate(dependencies(opened(eqn.params[key]))):
+    for k, flow in enumerate(dependencies(opened(eqn.params["call_jaxpr"]))):
         i = None if flow.alias is None or flow.alias.stopped else flow.alias.input
         if i is not None and inexact(eqn.outvars[k]) and not _derivative_is_identity(eqn, i, k):
             i = None
@@ -271,10 +269,9 @@ _RULES = {
     "convert_element_type": _convert,
     "stop_gradient": _stop_gradient,
     "select_n": _select,
-    # Entries elsewhere. To insert axes of length one is to reshape.
+    # Entries elsewhere. To insert axes of length one, or to drop them, is to reshape.
     "reshape": _moved("reshape", _shape_out),
     "squeeze": _moved("reshape", _shape_out),
-    "expand_dims": _moved("reshape", _shape_out),
     "broadcast_in_dim": _moved("reshape", _shape_out),
     "transpose": _moved("transpose", lambda eqn: tuple(eqn.params["permutation"])),
     "rev": _moved("rev", lambda eqn: tuple(eqn.params["dimensions"])),
@@ -284,7 +281,7 @@ _RULES = {
     "gather": _some_of(0),
     "dynamic_update_slice": _some_of(0, 1),
     "scatter": _some_of(0, 2),
-    **dict.fromkeys(("scatter-add", "scatter-sub", "scatter-mul", "scatter_mul"), _some_of(0)),
+    **dict.fromkeys(("scatter-add", "scatter-sub", "scatter-mul"), _some_of(0)),
     **dict.fromkeys(("split", "unstack", "tile"), _some_of(0)),
     **dict.fromkeys(("concatenate", "stack", "pad"), _some_of()),
     **dict.fromkeys(("max", "min", "clamp"), _choice),
@@ -293,7 +290,7 @@ _RULES = {
     "mul": _product,
     "div": _neutral(1, 1),
     **{name: _call(key) for name, key in CALLS.items()},
-    **dict.fromkeys(("custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr"), _custom),
+    **dict.fromkeys(CUSTOM, _custom),
     "scan": _scan,
     "while": _while,
     "cond": _cond,

@@ -19,7 +19,7 @@ import numpy as np
 from jax.core import Tracer
 
 from .._tree import SMALL
-from ._equation import alone
+from ._equation import alone, CUSTOM
 from ._exact import exact, Identity
 
 _known: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
@@ -98,16 +98,8 @@ def _context(eqn: jec.JaxprEqn) -> Hashable:
         return Identity(eqn.ctx)
 
 
-_WITH_RULE = (
-    "custom_jvp_call",
-    "custom_vjp_call",
-    "custom_vjp_call_jaxpr",
-    "custom_vmap_call",
-)
-
-
 def _parameters(eqn: jec.JaxprEqn, above: tuple) -> tuple:
-    if eqn.primitive.name not in _WITH_RULE:
+    if eqn.primitive.name not in (*CUSTOM, "custom_vmap_call"):
         return _fields(eqn.params, above)
     value = _fields({k: v for k, v in eqn.params.items() if _is_jaxpr(v)}, above)
     by_vmap = eqn.primitive.name == "custom_vmap_call"

@@ -134,7 +134,7 @@ class Problem:
     def pullback_only(self) -> bool:
         """Whether what feeds back goes through a function with a pullback alone."""
         jaxpr, _ = self._part(self.roles.feedback)
-        return _contains(jaxpr, ("custom_vjp_call", "custom_vjp_call_jaxpr"))
+        return _contains(jaxpr, "custom_vjp_call")
 
     @functools.cached_property
     def coupled_axes(self) -> tuple[Hashable, ...]:
@@ -253,8 +253,8 @@ def _open_constants(jaxpr: jec.Jaxpr) -> jec.Jaxpr:
     return jaxpr.replace(constvars=[], invars=invars, debug_info=names)
 
 
-def _contains(jaxpr: jec.Jaxpr, names: tuple[str, ...]) -> bool:
+def _contains(jaxpr: jec.Jaxpr, name: str) -> bool:
     return any(
-        eqn.primitive.name in names or any(_contains(sub, names) for sub in subjaxprs(eqn))
+        eqn.primitive.name == name or any(_contains(sub, name) for sub in subjaxprs(eqn))
         for eqn in jaxpr.eqns
     )
