@@ -15,8 +15,15 @@ from ._adjoint import AbstractAdjoint, ImplicitAdjoint
 from ._check import nonnegative
 from ._configuration import configure
 from ._failures import first_failure, poison, public_error, raise_if
-from ._loop import CONVERGED, Outcome, RESULT_NAMES
-from ._solution import convergence_message, ConvergenceError, held_message, Solution, Stats
+from ._loop import CONVERGED, Outcome
+from ._solution import (
+    convergence_message,
+    ConvergenceError,
+    held_message,
+    RESULT_NAMES,
+    Solution,
+    Stats,
+)
 from ._solve import solve
 from ._trace import Problem, trace
 from ._trace._axes import refuse_coupled, refuse_varying
@@ -221,7 +228,7 @@ class ConvergenceFailure:
         """Called on the host with concrete numbers."""
         found, lane = first_failure(np.asarray(failed), operands)
         residual_norm, _, ratio, rate, _ = (float(n) for n in found["numbers"])
-        result = RESULT_NAMES[int(found["code"])]
+        result = RESULT_NAMES[int(found["code"]) - CONVERGED]
         info = {
             "num_steps": int(found["num_steps"]),
             "residual_norm": residual_norm,

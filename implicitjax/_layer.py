@@ -10,7 +10,7 @@ from jaxtyping import PyTree
 
 from ._fixed_point import implicit_fixed_point
 from ._solution import Solution
-from ._solve import evaluate_levels
+from ._solve import with_sources
 from ._trace import trace
 
 
@@ -86,8 +86,7 @@ def begin_at(
             f"{what} must have the structure of the guess, {tree}, got {jax.tree.structure(start)}."
         )
     problem, inputs = trace(f, x0, args, False, root)
-    inputs = [jnp.asarray(a, d) for a, d in zip(inputs, problem.dtypes, strict=True)]
-    evaluate_levels(problem, problem.roles.sources, inputs)
+    inputs = with_sources(problem, inputs)
     arrays = [k for k, static in enumerate(problem.statics) if static is None]
     leaves, others = [leaf for _, leaf in named], jax.tree.leaves(start)
     masks = problem.carried_entries(inputs)

@@ -46,6 +46,10 @@ class Result(eqx.Enumeration):
     )
 
 
+# In the order of their codes in `_loop/_outcome.py`.
+RESULT_NAMES = ("converged", "max_steps_reached", "stagnated", "diverged", "nonfinite")
+
+
 class Stats(eqx.Module):
     """What a solve cost and how well it did. All fields are arrays.
 
@@ -119,7 +123,7 @@ class Solution(eqx.Module):
 
     def _ending(self) -> str:
         """The result in a word; of a batch how many lanes ended in which."""
-        lanes = {name: _concrete(self.result == getattr(Result, name)) for name in _NAMES}
+        lanes = {name: _concrete(self.result == getattr(Result, name)) for name in RESULT_NAMES}
         counts = {name: int(of.sum()) for name, of in lanes.items() if of is not None}
         if not any(counts.values()):
             return "the result is not known"
@@ -128,9 +132,6 @@ class Solution(eqx.Module):
         failures = [f", {n} {name}" for name, n in counts.items() if n and name != "converged"]
         share = f"{counts['converged']} of {sum(counts.values())} lanes converged"
         return share + "".join(failures)
-
-
-_NAMES = ("converged", "max_steps_reached", "stagnated", "diverged", "nonfinite")
 
 
 def _concrete(x: Any) -> np.ndarray | None:

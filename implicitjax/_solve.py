@@ -69,11 +69,11 @@ def with_sources(problem: Problem, inputs: list) -> list:
     inputs = [jnp.asarray(a, d) for a, d in zip(inputs, problem.dtypes, strict=True)]
     for i in problem.roles.stopped:
         inputs[problem.state[i]] = jax.lax.stop_gradient(inputs[problem.state[i]])
-    evaluate_levels(problem, problem.roles.sources, inputs)
+    _evaluate_levels(problem, problem.roles.sources, inputs)
     return inputs
 
 
-def evaluate_levels(problem: Problem, levels: tuple[tuple[int, ...], ...], inputs: list) -> None:
+def _evaluate_levels(problem: Problem, levels: tuple[tuple[int, ...], ...], inputs: list) -> None:
     """Puts leaves that follow from others into `inputs`, level by level."""
     for level in levels:
         for i, value in zip(level, problem.program(level)(inputs), strict=True):
@@ -89,7 +89,7 @@ def rebuild(problem: Problem, inputs: list) -> list:
     read = sum(1 << problem.state[i] for i in last)
     if any(problem.flows[i].depends & read for i in problem.aux_outputs):
         before, last = [*before, last], ()
-    evaluate_levels(problem, tuple(before), inputs)
+    _evaluate_levels(problem, tuple(before), inputs)
     values = problem.program((*last, *problem.aux_outputs))(inputs)
     for i, value in zip(last, values[: len(last)], strict=True):
         inputs[problem.state[i]] = value
@@ -101,6 +101,7 @@ class System(NamedTuple):
 
     - `F`: the map, from vectors to vectors; `theta`: all else that it reads.
     - `x`: the leaves of the unknown as they came; `packed`: how they become vectors.
+    - `reads`: for each leaf the leaves of the unknown that it depends on, itself included.
     - `epsilons`: for each leaf the round-off of the coarsest dtype that it depends on.
     """
 
@@ -108,6 +109,7 @@ class System(NamedTuple):
     theta: list
     x: list
     packed: Packing
+    reads: tuple[tuple[int, ...], ...]
     epsilons: tuple[float, ...]
 
 
@@ -146,16 +148,17 @@ def system(problem: Problem, inputs: list) -> System:
         return packed.pack(hand_on(evaluate(theta, hand_on(x, more)), more))
 
     position = {leaf: k for k, leaf in enumerate(roles.feedback)}
-    epsilons = tuple(_tree.epsilon([leaves[position[i]] for i in r]) for r in roles.reads)
-    return System(F, theta, leaves, packed, epsilons)
+    reads = tuple(tuple(position[i] for i in read) for read in roles.reads)
+    epsilons = tuple(_tree.epsilon([leaves[k] for k in read]) for read in reads)
+    return System(F, theta, leaves, packed, reads, epsilons)
 
 
 def _fixed_point(
     problem: Problem, configuration: Configuration, inputs: list, methods: list, tolerances: list
 ) -> tuple[list, Outcome]:
     """The unknown, with the derivative that the adjoint has."""
-    roles, settings = problem.roles, configuration.settings
-    F, theta, leaves, packed, epsilons = system(problem, inputs)
+    settings = configuration.settings
+    F, theta, leaves, packed, reads, epsilons = system(problem, inputs)
     solver, adjoint = configuration.rebuild(methods)
     solver = solver.arrange(packed)
 
@@ -192,9 +195,7 @@ def _fixed_point(
             x = poison_derivative(failed | short, {"left": left}, x, theta, told)
     else:
         assert isinstance(adjoint, ImplicitAdjoint)
-        position = {leaf: k for k, leaf in enumerate(roles.feedback)}
-        reads = tuple(tuple(position[j] for j in read) for read in roles.reads)
-        paths = tuple(problem.paths[i] for i in roles.feedback)
+        paths = tuple(problem.paths[i] for i in problem.roles.feedback)
         guess = Guess(packed, reads, paths, configuration.on_failure)
         x_star = _differentiable(F, find, adjoint, configuration, problem.pullback_only, guess)
         x, outcome = x_star(theta, x0, fixed)

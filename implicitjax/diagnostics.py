@@ -10,7 +10,7 @@ from jaxtyping import PyTree
 
 from ._diagnosis import Diagnosis
 from ._examine import examine
-from ._solve import evaluate_levels, with_sources
+from ._solve import with_sources
 from ._trace import Leaf, Problem, Structure, trace
 from ._trace._axes import refuse_coupled
 
@@ -18,7 +18,8 @@ from ._trace._axes import refuse_coupled
 def structure(f: Callable[..., Any], x0: PyTree, *args: Any, has_aux: bool = False) -> Structure:
     """The role of every leaf of the state of `x = f(x, *args)`, read from the map itself.
 
-    The map is traced once, not evaluated. A leaf of the state is
+    The map is traced, not evaluated, unless single entries are counted, see below. A leaf of the
+    state is
 
     - *carried*: the map returns it as it came, value and derivative. It is a parameter; its
       gradient belongs to the guess that holds it.
@@ -65,7 +66,7 @@ def structure(f: Callable[..., Any], x0: PyTree, *args: Any, has_aux: bool = Fal
     """
     problem, inputs = trace(f, x0, args, has_aux)
     if problem.roles.mixed and not _traced(inputs):
-        evaluate_levels(problem, problem.roles.sources, inputs)
+        inputs = with_sources(problem, inputs)
     return _table(problem, inputs, x0)
 
 

@@ -2,12 +2,11 @@
 
 from ._finish import held, held_to_its_own
 from ._iterate import iterate, Known, Settings
-from ._outcome import CONVERGED, nothing_to_solve, Outcome, RESULT_NAMES
+from ._outcome import CONVERGED, nothing_to_solve, Outcome
 from ._units import Tolerances
 
 __all__ = [
     "CONVERGED",
-    "RESULT_NAMES",
     "Known",
     "Outcome",
     "Settings",

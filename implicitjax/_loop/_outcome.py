@@ -8,17 +8,10 @@ import numpy as np
 from jax import Array, lax
 from jaxtyping import Bool, Float, Int
 
-from .._solution import Result
+from .._solution import Result, RESULT_NAMES
 
 # Up to RUNNING the loop goes on; ACCEPTED is a convergence at the iterate before.
 PROBING, RUNNING, CONVERGED, MAX_STEPS, STAGNATED, DIVERGED, NONFINITE, ACCEPTED = range(-1, 7)
-_RESULTS = {
-    MAX_STEPS: Result.max_steps_reached,
-    STAGNATED: Result.stagnated,
-    DIVERGED: Result.diverged,
-    NONFINITE: Result.nonfinite,
-}
-RESULT_NAMES = ("running", "converged", "max_steps_reached", "stagnated", "diverged", "nonfinite")
 
 
 class Outcome(eqx.Module):
@@ -44,8 +37,8 @@ class Outcome(eqx.Module):
     def result(self) -> Result:
         """The public name of the code."""
         result = Result.converged
-        for code, member in _RESULTS.items():
-            result = Result.where(self.code == code, member, result)
+        for code, name in enumerate(RESULT_NAMES[1:], start=MAX_STEPS):
+            result = Result.where(self.code == code, getattr(Result, name), result)
         return result
 
 
