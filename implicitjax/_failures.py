@@ -106,7 +106,7 @@ def public_error(error: Exception) -> Exception | None:
     return None
 
 
-def poison(failed: Bool[Array, ""], tree: PyTree, tie: bool = False) -> PyTree:
+def nan_if(failed: Bool[Array, ""], tree: PyTree, tie: bool = False) -> PyTree:
     """NaN in every inexact leaf of `tree` if `failed`, and in its derivatives.
 
     A tangent or cotangent of zero stays zero: the gradient of a lane that the loss masks
@@ -116,7 +116,7 @@ def poison(failed: Bool[Array, ""], tree: PyTree, tie: bool = False) -> PyTree:
 
     def leaf(x: Array) -> Array:
         if jnp.issubdtype(x.dtype, jnp.inexact):
-            return _poison(failed, x)
+            return _nan_if(failed, x)
         if tie and jnp.issubdtype(x.dtype, jnp.integer):
             return lax.select(failed, jnp.full_like(x, jnp.iinfo(x.dtype).min), x)
         return x & ~failed if tie and x.dtype == bool else x
@@ -125,17 +125,17 @@ def poison(failed: Bool[Array, ""], tree: PyTree, tie: bool = False) -> PyTree:
 
 
 @jax.custom_jvp
-def _poison(failed: Bool[Array, ""], x: Array) -> Array:
+def _nan_if(failed: Bool[Array, ""], x: Array) -> Array:
     return lax.select(failed, _tree.nan_like(x), x)
 
 
-@_poison.defjvp
+@_nan_if.defjvp
 def _(primals: tuple, tangents: tuple) -> tuple[Array, Array]:
-    return _poison(*primals), mark_failed([tangents[1]], primals[0])[0]
+    return _nan_if(*primals), mark_failed([tangents[1]], primals[0])[0]
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(4,))
-def poison_derivative(
+def derivative_nan_if(
     failed: Bool[Array, ""],
     operands: dict[str, Array],
     x: list,
@@ -148,7 +148,7 @@ def poison_derivative(
     return x
 
 
-@poison_derivative.defjvp
+@derivative_nan_if.defjvp
 def _(raiser: Callable[..., None] | None, primals: tuple, tangents: tuple) -> tuple[list, list]:
     (failed, operands, x, theta), (_, _, x_dot, theta_dot) = primals, tangents
     tell = raiser and functools.partial(raise_if, raiser=raiser, operands=operands)
@@ -157,7 +157,7 @@ def _(raiser: Callable[..., None] | None, primals: tuple, tangents: tuple) -> tu
     marked = mark_failed(moving, failed, tell)
     marks = [m - t for m, t in zip(marked, moving, strict=True)]
     mark = functools.reduce(jnp.add, [jnp.sum(jnp.real(m)) for m in marks], jnp.zeros(()))
-    out = poison_derivative(failed, operands, x, theta, raiser)
+    out = derivative_nan_if(failed, operands, x, theta, raiser)
     return out, [t + mark.astype(t.dtype) for t in x_dot]
 
 

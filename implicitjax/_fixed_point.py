@@ -14,7 +14,7 @@ from . import _tree, progress as bar
 from ._adjoint import AbstractAdjoint, ImplicitAdjoint
 from ._check import nonnegative
 from ._configuration import configure
-from ._failures import first_failure, poison, public_error, raise_if
+from ._failures import first_failure, nan_if, public_error, raise_if
 from ._loop import CONVERGED, Outcome
 from ._solution import (
     convergence_message,
@@ -209,7 +209,7 @@ def _raise_if_failed(
     if concrete:
         failure(True, numbers)
     failed = raise_if(outcome.code != CONVERGED, failure, numbers)
-    return poison(failed, (state, aux), tie=True)
+    return nan_if(failed, (state, aux), tie=True)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,7 +16,7 @@ from jaxtyping import PyTree
 from . import _tree
 from ._adjoint import ImplicitAdjoint, UnrolledAdjoint, UnrolledFailure
 from ._configuration import Configuration
-from ._failures import mark_failed, poison, poison_derivative
+from ._failures import derivative_nan_if, mark_failed, nan_if
 from ._guess import Guess
 from ._implicit import by_jvp, by_vjp
 from ._loop import (
@@ -60,7 +60,7 @@ def solve(
     aux = rebuild(problem, inputs)
     out = [inputs[i] for i in state]
     if configuration.on_failure == "nan":
-        out, aux = poison(outcome.code != CONVERGED, (out, aux))
+        out, aux = nan_if(outcome.code != CONVERGED, (out, aux))
     return out, aux, outcome
 
 
@@ -192,7 +192,7 @@ def _fixed_point(
             short = ~(left <= adjoint.may_be_left(_tree.epsilon(x0)))
             told = UnrolledFailure() if configuration.on_failure == "raise" else None
             failed = outcome.code != CONVERGED
-            x = poison_derivative(failed | short, {"left": left}, x, theta, told)
+            x = derivative_nan_if(failed | short, {"left": left}, x, theta, told)
     else:
         assert isinstance(adjoint, ImplicitAdjoint)
         paths = tuple(problem.paths[i] for i in problem.roles.feedback)

@@ -139,7 +139,7 @@ EQUIVALENT: dict[tuple[str, str], str] = {
     ): "A residual is never this number to the last digit.",
     (
         "linear/_bounded.py",
-        "settings = Settings(max_steps, _tree.rms_norm, True, False, True, None)",
+        "max_steps, _tree.rms_norm, early_stop=True, keep_best=False, history=True, progress=None",
     ): "A history that nothing reads, of one number a step.",
 }
 

@@ -288,7 +288,7 @@ def test_converged_is_an_error_of_one_and_a_residual_of_a_tenth(
     [(0.01, 0.0, True), (0.011, 0.0, False), (0.01, 0.125, True), (0.5, 0.125, True)],
 )
 def test_a_caller_may_ask_for_less_than_a_tenth(residual, roundoff, expected):
-    numbers = _number.told(
+    numbers = _number.with_known(
         _number.nothing_seen(jnp.dtype(np.float64)), jnp.asarray(3.0), jnp.asarray(0.01)
     )
     seen = Seen(*_number.cut(numbers))
@@ -392,7 +392,7 @@ def test_what_has_grown_beyond_return_diverges():
     assert grown(1.001 * limit) and not grown(0.999 * limit)
 
 
-# --- a look aside -------------------------------------------------------------------------------
+# --- a probe ----------------------------------------------------------------------------------
 
 
 def settled(
@@ -502,7 +502,7 @@ def test_it_looks_along_the_residual_and_else_towards_zero():
     def aside(r, residual, probing=True):
         args = ([jnp.asarray(x)], [jnp.asarray(r)], [jnp.asarray(unit)])
         now = measured(residual=residual)
-        return _probe.turn_aside([jnp.full(4, 7.0)], jnp.asarray(probing), *args, now)[0]
+        return _probe.perturb([jnp.full(4, 7.0)], jnp.asarray(probing), *args, now)[0]
 
     r = np.array([0.4, -0.3, 0.0, 1e9])
     np.testing.assert_array_equal(aside(r, 5.0, probing=False), np.full(4, 7.0))

@@ -32,7 +32,7 @@ def finish(state: Any, tolerances: Tolerances, settings: Any) -> tuple[list, Out
     code = choose(code <= RUNNING, MAX_STEPS, code)
     if settings.norm is not _tree.rms_norm:
         # A maximum over several devices drops NaN, and a norm may overflow; a sum does neither.
-        finite = _tree.all_finite(_tree.sub(*settings.stop((fx, x))))
+        finite = _tree.all_finite(_tree.sub(*settings.as_constant((fx, x))))
         code = choose(code == NONFINITE, DIVERGED, code)
         code = choose(finite | probed, code, NONFINITE)
     raw = seen.raw
@@ -42,7 +42,7 @@ def finish(state: Any, tolerances: Tolerances, settings: Any) -> tuple[list, Out
     in_units_of_x = seen.error * (raw / jnp.maximum(seen.residual, tiny))
     numbers = lax.concatenate([raw, in_units_of_x, seen.error, seen.falls, seen.most], 0)
     bounds = jnp.asarray([largest, largest, largest, 0.0, 0.0], numbers.dtype)
-    at, value = settings.stop((x, fx))
+    at, value = settings.as_constant((x, fx))
     return x, Outcome(
         numbers=lax.select(jnp.isfinite(numbers), numbers, bounds),
         code=code,

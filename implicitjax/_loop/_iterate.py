@@ -28,7 +28,7 @@ from ._outcome import (
     RUNNING,
     STAGNATED,
 )
-from ._probe import is_quiet, settle, turn_aside
+from ._probe import is_quiet, perturb, settle
 from ._units import normalise, Tolerances
 
 
@@ -50,7 +50,7 @@ class Settings(NamedTuple):
     history: bool
     progress: Callable[..., Any] | bool | None
 
-    def stop(self, tree: Any) -> Any:
+    def as_constant(self, tree: Any) -> Any:
         """Constants for every derivative. Only a scan is differentiated, the rule sees no step."""
         return tree if self.early_stop else _tree.stop_gradient(tree)
 
@@ -60,7 +60,7 @@ class Known(NamedTuple):
 
     - `x`, `fx`: an iterate and its value; beside them the first evaluation is a sample.
     - `most`: the largest sample that was seen before, 0 for none.
-    - `part`: of the tolerance, that the residual must be within.
+    - `part`: what part of the tolerance the residual must be within.
     """
 
     x: list
@@ -99,7 +99,7 @@ class State(NamedTuple):
 
     @property
     def value(self) -> list:
-        """`f(x)`, before anything is turned aside."""
+        """`f(x)`, before `ahead` has become a probe."""
         return self.ahead if self.fx is None else self.fx
 
 
@@ -160,7 +160,8 @@ def iterate(
         return new._replace(told=told[:2], step=told[2])
 
     def unfinished(s: State) -> Bool[Array, ""]:
-        return s.step < settings.max_steps - s.code  # a probe is no step of the solver
+        # A probe is no step of the solver: `PROBING` is -1, and allows one more.
+        return s.step < settings.max_steps - s.code
 
     def running(s: State) -> Bool[Array, ""]:
         return (s.code <= RUNNING) & unfinished(s)
@@ -170,7 +171,8 @@ def iterate(
         state = lax.while_loop(running, body, state)
     else:
         once = lambda s, _: (lax.cond(running(s), body, lambda s: s, s), None)
-        state, _ = lax.scan(once, state, length=settings.max_steps + 2)
+        rounds = settings.max_steps + 2  # the guess, the steps, and a probe
+        state, _ = lax.scan(once, state, length=rounds)
     return finish(state, tolerances, settings)
 
 
@@ -195,7 +197,7 @@ def _start(
         step=step,
         look_at=jnp.zeros((), jnp.int32),
         code=jnp.full((), RUNNING, jnp.int32),
-        seen=seen if known is None else _number.told(seen, known.most, known.part),
+        seen=seen if known is None else _number.with_known(seen, known.most, known.part),
         reference=x0 if solver.steady else None,
         best=(x0, x0, jnp.full((1,), jnp.inf, dtype)) if settings.keep_best else None,
         history=history,
@@ -208,14 +210,14 @@ def _judge(
 ) -> State:
     """The new state with what its residual shows, and the code."""
     value = new.value
-    x, fx = settings.stop((new.x, value))
+    x, fx = settings.as_constant((new.x, value))
     units, r = tolerances.at(x, fx), _tree.sub(fx, x)
     unit = units.tolerance()
     vectors = [normalise(v, unit) for v in (r, units.roundoff)] + [_wide(r, unit)]
     if new.reference is not None:
-        vectors += [normalise(_tree.sub(x, settings.stop(new.reference)), unit)]
+        vectors += [normalise(_tree.sub(x, settings.as_constant(new.reference)), unit)]
     else:
-        x_old, fx_old = settings.stop((old.x, old.fx))
+        x_old, fx_old = settings.as_constant((old.x, old.fx))
         dx, dr = _tree.sub(x, x_old), _tree.sub(r, _tree.sub(fx_old, x_old))
         vectors += [normalise(v, unit) for v in (dx, dr)]
     norms = _number.measure(settings.norm, vectors)
@@ -245,7 +247,7 @@ def _judge(
         jax.debug.callback(settings.progress, new.step, seen.error[0])
     return new._replace(
         x=_tree.where(code == ACCEPTED, old.x, new.x),
-        ahead=turn_aside(new.ahead, code == PROBING, x, r, unit, now),
+        ahead=perturb(new.ahead, code == PROBING, x, r, unit, now),
         code=code,
         look_at=new.step + _number.steps_to_go(seen) if solver.steady else new.look_at,
         seen=numbers,

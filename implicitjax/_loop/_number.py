@@ -24,8 +24,9 @@ from jaxtyping import Bool, Float, Int
 
 from .._tree import SMALL
 
-# The residual must be a tenth of the tolerance, or less where a caller asks it, or round-off.
-TENTH = 0.1
+# The residual must be within this part of the tolerance, or less where a caller asks it, or down
+# to round-off.
+PART = 0.1
 # A difference of residuals above so many times the round-off is a sample.
 ABOVE = 4.0
 # A residual below so many times the round-off is as small as it gets.
@@ -66,7 +67,7 @@ class Seen(NamedTuple):
     - `best`, `best_at`: the least residual, and its step.
     - `raw`, `first`: the last and the first residual in the units of the unknown.
     - `falls`: the factor of the last step in those units.
-    - `part`: of the tolerance, that the residual must be within.
+    - `part`: what part of the tolerance the residual must be within.
     """
 
     residual: Number
@@ -93,14 +94,14 @@ def nothing_seen(dtype: jnp.dtype) -> Float[Array, " numbers"]:
     """Before the first evaluation, which is step 0."""
     zero = ("at", "mark_at", "earlier_at", "sample", "before", "most", "best_at")
     start = [0.0 if name in zero else float("inf") for name in Seen._fields[:-1]]
-    return jnp.asarray([*start, TENTH], dtype)
+    return jnp.asarray([*start, PART], dtype)
 
 
-def told(
+def with_known(
     numbers: Float[Array, " numbers"], most: Float[Array, ""], part: Float[Array, ""]
 ) -> Float[Array, " numbers"]:
-    """The same, where an earlier solve of the same system has shown the largest sample, and by it
-    the part of the tolerance that a residual may hide.
+    """The same numbers, where an earlier solve of the same system has shown the largest sample, and
+    by it what part of the tolerance the residual must be within.
     """
     return numbers.at[Seen._fields.index("most")].set(most).at[-1].set(part)
 
@@ -199,7 +200,7 @@ def steps_to_go(seen: Seen) -> Int[Array, ""]:
     """How many steps may pass before the next look: most of those that the rate foretells, at most
     half of those taken, and 16.
     """
-    left = jnp.log(jnp.maximum(seen.error, seen.residual / TENTH))
+    left = jnp.log(jnp.maximum(seen.error, seen.residual / PART))
     falls = -1.25 * jnp.log(jnp.maximum(seen.last, seen.mean))
     falls = jnp.maximum(falls, float(jnp.finfo(left.dtype).tiny))
     most = jnp.minimum(0.5 * seen.at, 16)

@@ -1,9 +1,9 @@
 """A residual down to round-off is no proof: the map is evaluated once more beside the iterate.
 
 In float32 the residual of `x + 1e-8 (5 - x)` is zero at 1, and everywhere around it. A leaf is
-quiet when its residual is down to round-off. A solve that would end with a quiet leaf first looks a
-few tolerances aside. If every leaf shows a residual there, the iterate is accepted; if not, the
-solve goes on from where it looked.
+quiet when its residual is down to round-off. A solve that would end with a quiet leaf first
+evaluates the map a few tolerances from the iterate, the probe. If every leaf shows a residual
+there, the iterate is accepted; if not, the solve goes on from the probe.
 """
 
 import jax.numpy as jnp
@@ -16,8 +16,8 @@ from . import _number
 from ._number import Measured, Seen
 from ._outcome import ACCEPTED, choose, CONVERGED, PROBING
 
-# How far a probe goes, in tolerances.
-_ASIDE = 2.0
+# How far from the iterate a probe is, in tolerances.
+_DISTANCE = 2.0
 
 
 def is_quiet(now: Measured, r: list, roundoff: list, packing: Packing) -> Bool[Array, " 1"]:
@@ -67,7 +67,7 @@ def settle(
     return lax.squeeze(code, (0,)), seen
 
 
-def turn_aside(
+def perturb(
     ahead: list, probing: Bool[Array, ""], x: list, r: list, unit: list, now: Measured
 ) -> list:
     """What is evaluated next: where the code asks for a probe, a point beside the iterate `x`.
@@ -76,16 +76,16 @@ def turn_aside(
     where that shows nothing a few tolerances towards zero, which most domains of a map admit.
     """
     shown = now.residual > 0  # the norm may be 0 where `r`, computed once more, is not
-    stretch = lax.squeeze(lax.select(shown, _ASIDE / now.residual, jnp.zeros_like(now.dx)), (0,))
-    farthest = 2 * _ASIDE * _tree.size(x) ** 0.5  # twice what one entry can be of that
+    stretch = lax.squeeze(lax.select(shown, _DISTANCE / now.residual, jnp.zeros_like(now.dx)), (0,))
+    farthest = 2 * _DISTANCE * _tree.size(x) ** 0.5  # twice what one entry can be of that
 
-    def aside(ahead: Array, xi: Array, ri: Array, ui: Array) -> Array:
+    def perturbed(ahead: Array, xi: Array, ri: Array, ui: Array) -> Array:
         along = _tree.widen(ri, ui.dtype)
-        still = (_ASIDE * ui).astype(along.dtype)
+        still = (_DISTANCE * ui).astype(along.dtype)
         still = lax.select(xi == 0, still, -still * jnp.sign(xi).astype(along.dtype))
         moved = along * stretch.astype(along.dtype)
         astray = (moved == 0) | ~(jnp.abs(moved).astype(ui.dtype) <= farthest * ui)
         moved = lax.select(astray, still, moved)
         return lax.select(probing, xi + moved.astype(xi.dtype), ahead)
 
-    return list(map(aside, ahead, x, r, unit))
+    return list(map(perturbed, ahead, x, r, unit))

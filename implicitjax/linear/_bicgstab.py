@@ -29,8 +29,7 @@ class BiCGStab(PrecisionAware):
 
     - `rtol`: the relative residual to reach, and the relative error of what is returned;
       `None` for `eps^(2/3)` of the dtype.
-    - `max_steps`: steps at the most; `None` for ten a number of the unknown, 1000 at the
-      most.
+    - `max_steps`: steps at the most, by default `min(10 n, 1000)` with `n` unknowns.
     - `epsilon`: the round-off of products with `A`; set by the rule.
 
     **Raises**

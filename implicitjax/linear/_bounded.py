@@ -13,8 +13,8 @@ from .._packing import whole
 from ..solvers._anderson import Anderson
 from ._base import LinearSolution, measured, Operator, probe, Vector
 
-# The steps that a random right-hand side gets, and the solution of another method, to tell its
-# error and to take it away.
+# The steps in which a random right-hand side is solved for, and in which what another method found
+# is measured and brought within the tolerance.
 _STEPS = 100
 # How well a random right-hand side is solved for.
 _ROUGH = 0.03
@@ -98,24 +98,26 @@ def _attempt(
     max_steps: Any,
     most: Float[Array, ""],
     part: Float[Array, ""],
-    digits: Float[Array, ""],
+    may_hide: Float[Array, ""],
 ) -> tuple[LinearSolution, Float[Array, ""]]:
-    """The same by Anderson's window for `u = u + (b - A u)`, and the largest sample of `A^-1`.
+    """One solve by Anderson's window for `u = u + (b - A u)`, and the largest sample of `A^-1`.
 
     `u` is trusted if its estimated error is within `rtol (|u| + mean |u|)`, entry by entry, and if
-    what may hide in its residual is within `digits`. On a linear map the window is a truncated
+    what its residual may hide is within `may_hide |u|`. On a linear map the window is a truncated
     Krylov method, without loss where `A` is symmetric (He, Tang, Zhao, Saad and Xi, *SIAM J. Sci.
     Comput.* 46, 2024). One product a step.
 
     - `most`: the largest sample that was seen before.
-    - `part`: of the tolerance, that the residual must be within.
+    - `part`: what part of the tolerance the residual must be within.
     """
 
     def f(u: Vector) -> Vector:
         return [ui + (bi - Au) for ui, bi, Au in zip(u, b, A(u), strict=True)]
 
     tolerances = Tolerances(rtol, None, len(b) * (epsilon,), whole(b))
-    settings = Settings(max_steps, _tree.rms_norm, True, False, False, None)
+    settings = Settings(
+        max_steps, _tree.rms_norm, early_stop=True, keep_best=False, history=False, progress=None
+    )
     known = Known([jnp.zeros_like(leaf) for leaf in b], b, most, part)
     u, outcome = iterate(f, start, Anderson(affine=True), tolerances, settings, known)
     residual, error, in_tolerances, _, largest = outcome.numbers
@@ -128,7 +130,7 @@ def _attempt(
         residual=residual / size_b,
         tolerance=residual / (size_b * jnp.maximum(in_tolerances, _TINY)),
         condition=jnp.maximum(amplification, size_u / size_b) * jnp.maximum(size_b / size_u, 1.0),
-        trusted=(outcome.code == CONVERGED) & (hidden <= digits * size_u),
+        trusted=(outcome.code == CONVERGED) & (hidden <= may_hide * size_u),
     )
     return solution, largest
 

@@ -13,8 +13,8 @@ from .._failures import first_failure, raise_if
 from .._solution import derivative_message, DerivativeError
 from ._base import AbstractLinearSolver, Operator, scaled_solve, Vector
 
-# Under `"return"` a derivative is one if its solve left less than this part of the right-hand side,
-# and round-off, amplified by the condition, less than this part of it.
+# Under `"return"` a derivative is kept if its solve left less than this part of the right-hand
+# side, and if round-off, amplified by the condition, is less than this part of it.
 _SOLVED = 0.1
 
 OnFailure = Literal["raise", "nan", "return"]
@@ -29,9 +29,9 @@ def transposable_solve(
 ) -> PyTree:
     """`u` with `A u = b` for pytrees of real or complex arrays of any dtypes.
 
-    `failed` says that the point at which `A` was taken is none: then, and where the solve
-    itself fails, `u` is NaN or an exception, as `on_failure` has it. The solution of
-    `A u = 0` is 0 in any case, so that a lane that nothing looks at is harmless.
+    `failed`: the forward solve failed, so `A` is not taken at a solution. Then, and where the
+    linear solve itself fails, `u` is NaN or an exception, as `on_failure` has it. The solution of
+    `A u = 0` is 0 in any case, so a lane that the loss does not read does no harm.
     """
     to_reals, from_reals = _tree.as_reals(b)
     epsilon = _tree.epsilon(b)

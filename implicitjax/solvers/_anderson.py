@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float, Int
 from .. import _tree
 from .._check import damping_factor, positive_int
 from ._base import Iterate, LeafAware, Map
-from ._safeguard import choose, look, unguarded
+from ._safeguard import check_step, choose_plain, unguarded
 from ._scale import combine, length, sizes
 
 # Columns at the most: of up to so many unknowns, and of more.
@@ -152,7 +152,7 @@ class Anderson(LeafAware):
         raw = _tree.sub(fx, x)
         residual = length(scaled(raw))  # NaN or infinite where the value is
         finite = residual < jnp.inf
-        guard, back, stalled = look(state.guard, residual, finite, _PATIENCE + m // 2)
+        guard, back, stalled = check_step(state.guard, residual, finite, _PATIENCE + m // 2)
         fraction, short = (lax.squeeze(v, (0,)) for v in (guard.fraction, guard.short))
         dr, dx = scaled(_tree.sub(raw, state.r)), scaled(_tree.sub(x, state.x))
         x, raw = _tree.where(back, (state.x, state.r), (x, raw))
@@ -207,7 +207,7 @@ class Anderson(LeafAware):
         d = jnp.asarray(self.damping).astype(size.dtype) * fraction
         step = _tree.sub(combine((d, rest)), away)
         against = jnp.zeros((), bool) if self.affine else _tree.dot(step, r) <= 0
-        numbers, plain = choose(guard, against, ~jnp.any(active))
+        numbers, plain = choose_plain(guard, against, ~jnp.any(active))
         known = jnp.any(others) & ~(back | plain)
         left = (
             None if S is not None else lax.select(known, length(rest), jnp.full_like(size, jnp.inf))

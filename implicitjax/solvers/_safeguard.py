@@ -41,7 +41,7 @@ def unguarded(dtype: jnp.dtype) -> Float[Array, " numbers"]:
     return jnp.asarray([start.get(name, 0.0) for name in Safeguard._fields], dtype)
 
 
-def look(
+def check_step(
     numbers: Float[Array, " numbers"],
     residual: Float[Array, ""],
     finite: Bool[Array, ""],
@@ -72,7 +72,7 @@ def look(
     return guard, lax.squeeze(back, (0,)), lax.squeeze(stalled, (0,))
 
 
-def choose(
+def choose_plain(
     guard: Safeguard, against: Bool[Array, ""], bare: Bool[Array, ""]
 ) -> tuple[Float[Array, " numbers"], Bool[Array, ""]]:
     """The numbers, and whether the next step is plain: where the extrapolation goes `against` the
