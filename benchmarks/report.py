@@ -5,8 +5,6 @@ from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
-WIDTH = 100
-
 
 class Report:
     """Prints tables as they come, and remembers them: `tables[topic][title]` is a list of

@@ -36,7 +36,7 @@ class Configuration:
     - `methods`: the structure of solver and adjoint; `statics`: their leaves, `None` for an array.
     - `settings`: what the loop is asked for.
     - `on_failure`: `"raise"`, `"nan"` or `"return"`.
-    - `hold`: whether the guess is the answer of another solver, to which it is held.
+    - `check_guess`: whether the guess is the answer of another solver, and must be a solution.
     - `key`: equal for two that make the same program of the same problem.
     """
 
@@ -44,7 +44,7 @@ class Configuration:
     statics: tuple[Static | None, ...]
     settings: Settings
     on_failure: OnFailure
-    hold: bool = False
+    check_guess: bool = False
     key: Hashable = None
 
     def __hash__(self) -> int:
@@ -73,7 +73,8 @@ class Configuration:
             None if _is_ours(solver) else _trace_solver,
             None if _is_ours(linear_solver) else _trace_linear_solver,
         )
-        key: list[Any] = [self.on_failure, self.hold, type(adjoint), getattr(adjoint, "rule", None)]
+        key: list[Any] = [self.on_failure, self.check_guess]
+        key += [type(adjoint), getattr(adjoint, "rule", None)]
         key += [on.max_steps, on.early_stop, on.keep_best, on.history, Identity(on.progress)]
         key += [_fields(method) for method in (solver, linear_solver) if _is_ours(method)]
         if any(traces) and problem.roles.feedback:
@@ -91,7 +92,7 @@ def configure(
     on_failure: Any,
     history: bool,
     progress: Any,
-    hold: bool = False,
+    check_guess: bool = False,
 ) -> tuple[Configuration, list]:
     """The configuration, and the arrays in solver and adjoint, which are inputs."""
     solver = as_solver(solver)
@@ -114,7 +115,7 @@ def configure(
     best = on_failure == "return"
     settings = Settings(_steps(max_steps), norm, early, best, bool(history), progress)
     statics = tuple(None if is_array(leaf) else Static(leaf) for leaf in leaves)
-    configuration = Configuration(methods, statics, settings, on_failure, hold)
+    configuration = Configuration(methods, statics, settings, on_failure, check_guess)
     return configuration, [leaf for leaf in leaves if is_array(leaf)]
 
 

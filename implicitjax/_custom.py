@@ -103,15 +103,14 @@ def _decorator(
     unknown = sorted(set(keywords) - set(taken))
     if unknown:
         raise TypeError(f"A custom solver takes no keyword {unknown[0]}, but {taken}.")
-    options |= keywords | {"root": door is implicit_root, "hold": True}
+    options |= keywords | {"root": door is implicit_root, "check_guess": True}
 
     def decorate(solve: Solve) -> Solve:
         @functools.wraps(solve)
         def solved(x0: PyTree, *args: Any) -> PyTree:
             plain_x0, plain_args = jax.tree.map(_without_tangent, (x0, args))
             x = solve(plain_x0, *plain_args)
-            root = options["root"]
-            guess = begin_at("What the solver returns", x, f, x0, args, root)
+            guess = begin_at("What the solver returns", x, f, x0, args, options["root"])
             return find(f, guess, args, **options).value
 
         return solved

@@ -19,7 +19,7 @@ from ._loop import CONVERGED, Outcome
 from ._solution import (
     convergence_message,
     ConvergenceError,
-    held_message,
+    refused_message,
     RESULT_NAMES,
     Solution,
     Stats,
@@ -147,20 +147,20 @@ def find(
     history: bool,
     progress: Callable[[int, float], None] | bool | None,
     root: bool = False,
-    hold: bool = False,
+    check_guess: bool = False,
 ) -> Solution:
-    """What stands behind every front door: a fixed point of `f`, or a `root`; with `hold` the
-    guess is the answer of another solver, and to be a solution itself.
+    """What stands behind every front door: a fixed point of `f`, or a `root`. With `check_guess`
+    the guess is the answer of another solver: it must be a solution itself.
     """
     nonnegative("rtol", rtol)
     nonnegative("atol", atol)
     configuration, methods = configure(
-        solver, adjoint, max_steps, norm, early_stop, on_failure, history, progress, hold
+        solver, adjoint, max_steps, norm, early_stop, on_failure, history, progress, check_guess
     )
     problem, inputs = trace(f, x0, args, has_aux, root)
     refuse_coupled("The map", problem.coupled_axes)
     refuse_varying(problem.jaxpr)
-    answered = hold or not isinstance(solver, AbstractSolver)
+    answered = check_guess or not isinstance(solver, AbstractSolver)
     configuration = configuration.with_key(problem, inputs, methods)
     try:
         state, aux, outcome = solve(problem, configuration, inputs, methods, [rtol, atol])
@@ -192,14 +192,14 @@ def _stats(problem: Problem, outcome: Outcome) -> Stats:
 
 
 def _raise_if_failed(
-    problem: Problem, hold: bool, outcome: Outcome, state: list, aux: list
+    problem: Problem, answered: bool, outcome: Outcome, state: list, aux: list
 ) -> tuple[list, list]:
     """Raises on the host, or where only a running program can know, from within it."""
     concrete = not isinstance(outcome.code, Tracer)
     if concrete and int(outcome.code) == CONVERGED:
         return state, aux
     paths = tuple(problem.paths[i] for i in problem.roles.feedback)
-    failure = ConvergenceFailure(paths, "root" if problem.root else "fixed point", hold)
+    failure = ConvergenceFailure(paths, "root" if problem.root else "fixed point", answered)
     numbers = {
         "numbers": jax.lax.stop_gradient(outcome.numbers),
         "code": outcome.code,
@@ -217,12 +217,13 @@ class ConvergenceFailure:
     """Raises the error of a failed solve; a value, so that programs compare equal.
 
     - `paths`: the paths of the leaves of the unknown.
-    - `what`: what was looked for; `hold`: whether another solver had an answer to be held to.
+    - `what`: what was looked for; `answered`: whether another solver had answered, whose answer was
+      found wrong.
     """
 
     paths: tuple[str, ...]
     what: str
-    hold: bool
+    answered: bool
 
     def __call__(self, failed: Any, operands: dict[str, Any]) -> None:
         """Called on the host with concrete numbers."""
@@ -236,6 +237,6 @@ class ConvergenceFailure:
             "contraction_rate": rate,
             "leaf": self.paths[int(found["worst"])],
         }
-        if self.hold:
-            raise ConvergenceError(held_message(self.what, info, lane))
+        if self.answered:
+            raise ConvergenceError(refused_message(self.what, info, lane))
         raise ConvergenceError(convergence_message(self.what, result, info, lane))

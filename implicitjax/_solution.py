@@ -198,7 +198,7 @@ def convergence_message(what: str, result: str, info: dict[str, Any], lane: str 
     )
 
 
-def held_message(what: str, info: dict[str, Any], lane: str = "") -> str:
+def refused_message(what: str, info: dict[str, Any], lane: str = "") -> str:
     """The words for the answer of another solver that is no solution, from concrete numbers."""
     return (
         f"What the solver returned is no {what} within the tolerance{lane}.\n"

@@ -20,9 +20,9 @@ from ._failures import derivative_nan_if, mark_failed, nan_if
 from ._guess import Guess
 from ._implicit import by_jvp, by_vjp
 from ._loop import (
+    check_answer,
+    check_guess,
     CONVERGED,
-    held,
-    held_to_its_own,
     iterate,
     nothing_to_solve,
     Outcome,
@@ -173,8 +173,8 @@ def _fixed_point(
         if problem.root:
             more = outcome.num_evaluations + EVALUATIONS
             outcome = eqx.tree_at(lambda o: o.num_evaluations, outcome, more)
-        if configuration.hold:
-            outcome = held(x0, x, outcome, scale, settings.norm)
+        if configuration.check_guess:
+            outcome = check_guess(x0, x, outcome, scale, settings.norm)
         if configuration.on_failure == "nan":
             # A point at which the rule can take derivatives, though nothing is made of them.
             x = _tree.where(outcome.code != CONVERGED, x0, x)
@@ -212,7 +212,7 @@ def _by_neighbour(
     answer, steps = solver.answer(f, x0, settings.max_steps)
     x, outcome = iterate(f, answer, solver.refine, scale, settings)
     own = scale._replace(rtol=solver.solver.rtol, atol=solver.solver.atol)
-    outcome = held_to_its_own(answer, f(answer), x, outcome, (scale, own), settings.norm)
+    outcome = check_answer(answer, f(answer), x, outcome, (scale, own), settings.norm)
     counts = (outcome.num_steps + steps, outcome.num_evaluations + steps + 1)
     return x, eqx.tree_at(lambda o: (o.num_steps, o.num_evaluations), outcome, counts)
 

@@ -1,6 +1,6 @@
 """The loop: iterate, judge, decide; see README.md in this folder."""
 
-from ._finish import held, held_to_its_own
+from ._finish import check_answer, check_guess
 from ._iterate import iterate, Known, Settings
 from ._outcome import CONVERGED, nothing_to_solve, Outcome
 from ._units import Tolerances
@@ -11,8 +11,8 @@ __all__ = [
     "Outcome",
     "Settings",
     "Tolerances",
-    "held",
-    "held_to_its_own",
+    "check_answer",
+    "check_guess",
     "iterate",
     "nothing_to_solve",
 ]

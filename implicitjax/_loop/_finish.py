@@ -54,17 +54,17 @@ def finish(state: Any, tolerances: Tolerances, settings: Any) -> tuple[list, Out
     )
 
 
-def held(
+def check_guess(
     x0: list, x: list, outcome: Outcome, tolerances: Tolerances, norm: Callable[[list], Array]
 ) -> Outcome:
-    """The outcome, a failure if the guess `x0` was off by more than the tolerance.
+    """The outcome, turned into a failure if the guess `x0` was off by more than the tolerance.
 
-    The solution `x` may be off by one tolerance itself.
+    The solution `x` may be off by one tolerance itself, so two are allowed between them.
     """
-    return _held(x0, x, outcome, tolerances.at(x, x).tolerance(), norm)
+    return _refuse_far(x0, x, outcome, tolerances.at(x, x).tolerance(), norm)
 
 
-def held_to_its_own(
+def check_answer(
     x0: list,
     fx0: list,
     x: list,
@@ -72,17 +72,17 @@ def held_to_its_own(
     tolerances: tuple[Tolerances, Tolerances],
     norm: Callable[[list], Array],
 ) -> Outcome:
-    """The same by the larger of two tolerances, the user's and that of the solver which returned
-    `x0`. A residual within it will do too: most solvers look at nothing else, and the rest of
-    the error has been taken away.
+    """The same for the answer `x0` of a solver of optimistix, by the larger of two tolerances, the
+    user's and its own. A residual within it will do too: most solvers look at nothing else, and the
+    loop has taken away the rest of the error.
     """
     units = [t.at(x, x).tolerance() for t in tolerances]
     unit = list(map(jnp.maximum, *units))
     residual = norm(normalise(_tree.sub(fx0, x0), unit))
-    return _held(x0, x, outcome, unit, norm, residual <= 1)
+    return _refuse_far(x0, x, outcome, unit, norm, residual <= 1)
 
 
-def _held(
+def _refuse_far(
     x0: list,
     x: list,
     outcome: Outcome,
