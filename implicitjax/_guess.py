@@ -4,7 +4,7 @@ Where row `i` of `J` is that of the identity, equation `i` is `x_i = x_i` to fir
 guess has decided the value of `x_i`. If the trace has shown that the map hands that entry on, it
 is a parameter, see `_trace/_entries.py`, and `J` has no such row. Of the others no derivative is
 known, and zero would be wrong: it is NaN, or an exception, as `on_failure` has it. So it is with
-a projection, such as `x / |x|`: row `i` of `J` is not zero, and that of `J J`.
+a projection, such as `x / |x|`: row `i` of `J` is not zero, and the same as that of `J J`.
 """
 
 import dataclasses
@@ -57,6 +57,7 @@ class Guess:
             ]
             return ([f & (s | (step == 0)) for f, s in zip(found, same, strict=True)], Jv), None
 
+        # Steps that compare 40 bits or more in all, and the first, which has nothing to compare.
         digits = min(jnp.finfo(leaf.dtype).nmant for leaf in x)
         start = ([xi == xi for xi in x], p)
         return lax.scan(once, start, jnp.arange(1 - -40 // digits))[0][0]

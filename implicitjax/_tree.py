@@ -118,6 +118,7 @@ def dot(x: PyTree, y: PyTree) -> Float[Array, "..."]:
 
 
 def explicitly_sharded(x: Array | jax.ShapeDtypeStruct) -> bool:
+    """Whether it is sharded over a mesh axis of type `Explicit`."""
     return any(axis is not None for axis in jax.typeof(x).sharding.spec)
 
 

@@ -58,7 +58,7 @@ class Settings(NamedTuple):
 class Known(NamedTuple):
     """What is known of a system before it is solved, see `_number.py`.
 
-    - `x`, `fx`: an iterate and its value; beside them the first evaluation is a sample.
+    - `x`, `fx`: an iterate and its value: the first evaluation, compared with them, is a sample.
     - `most`: the largest sample that was seen before, 0 for none.
     - `part`: what part of the tolerance the residual must be within.
     """

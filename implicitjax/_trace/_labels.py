@@ -47,6 +47,7 @@ def join(labels: Sequence[Any]) -> Any:
 
 
 def join_two(a: Any, b: Any) -> Any:
+    """The same of two, of which `a` has been joined before."""
     b = function_of(b)
     shared = [x for x in (a, b) if isinstance(x, int)]
     if len(shared) == 2 or MANY in shared:

@@ -173,7 +173,7 @@ def _fill(statics: tuple[Static | None, ...], arrays: list) -> list:
 
 
 def trace(f: Any, x0: Any, args: tuple, has_aux: bool, root: bool = False) -> tuple[Problem, list]:
-    """Traces the map once more than its guess needs corrections of type.
+    """Traces the map, and again after each correction of the dtypes of its guess.
 
     Returns the problem and its inputs: the captured arrays, then those of the call, where a Python
     number, or another weakly typed leaf of the guess, has the dtype of the output; a Python

@@ -35,7 +35,7 @@ class AutoLinearSolver(PrecisionAware):
 
     - `dense_limit`: unknowns up to which a matrix is factorised.
     - `rtol`: the relative error of what products alone find; `None` for `eps^(2/3)` of the dtype.
-    - `epsilon`: the round-off of products with `A`; set by the rule.
+    - `epsilon`: the round-off of products with `A`; set by the package.
 
     **Raises**
 

@@ -81,7 +81,8 @@ class AbstractLinearSolver(eqx.Module):
 class PrecisionAware(AbstractLinearSolver):
     """A method that knows how precise products with `A` are.
 
-    - `epsilon`: the round-off of products with `A`, `None` for that of the dtype; set by the rule.
+    - `epsilon`: the round-off of products with `A`, `None` for that of the dtype; set by
+      the package.
     """
 
     epsilon: float | None = eqx.field(static=True, default=None, kw_only=True, repr=False)

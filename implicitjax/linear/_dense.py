@@ -58,7 +58,7 @@ class DenseLU(PrecisionAware):
 
     **Arguments**
 
-    - `epsilon`: the round-off of products with `A`; set by the rule.
+    - `epsilon`: the round-off of products with `A`; set by the package.
 
     ```python
     >>> import jax.numpy as jnp, implicitjax as ij

@@ -28,15 +28,15 @@ class Neumann(PrecisionAware):
     **Arguments**
 
     - `terms`: with `None` the series is summed until the residual is `rtol |b|`, in at most
-      `max_steps` terms, and held to that. It converges where `|1 - d lambda| < 1` for all
-      eigenvalues `lambda` of `A`. With `terms=k` it is exactly `k` terms and no more, an
-      approximation that is asked for and thus not a failure. `Neumann(terms=1)` is the
-      Jacobian-free backpropagation of Fung and others; `Neumann(terms=k, damping=d)` with
-      `d < 1` the phantom gradient of Geng and others.
+      `max_steps` terms, and the error of the sum is brought within `rtol`. It converges where
+      `|1 - d lambda| < 1` for all eigenvalues `lambda` of `A`. With `terms=k` it is
+      exactly `k` terms and no more, an approximation that is asked for and thus not a failure.
+      `Neumann(terms=1)` is the Jacobian-free backpropagation of Fung and others;
+      `Neumann(terms=k, damping=d)` with `d < 1` the phantom gradient of Geng and others.
     - `damping`: `d`, above 0 and at most 1.
     - `rtol`, `max_steps`: the relative residual to reach, `None` for `eps^(2/3)` of the
       dtype, and the terms it may take; not used with `terms=k`.
-    - `epsilon`: the round-off of products with `A`; set by the rule.
+    - `epsilon`: the round-off of products with `A`; set by the package.
 
     **Raises**
 

@@ -89,7 +89,7 @@ class Anderson(LeafAware):
     - `memory`: columns kept, at most; never more than there are unknowns. `None` for 20, and for 10
       beyond 100,000 unknowns.
     - `damping`: `d`, above 0 and at most 1.
-    - `layout`: which entries are of one leaf; set by the solve.
+    - `layout`: which entries are of one leaf; set by the package.
     - `affine`: whether the map is known to be affine, so that there is one solution, and it does
       not matter where plain iteration leads; set by the linear solvers.
 
@@ -117,8 +117,7 @@ class Anderson(LeafAware):
     affine: bool = eqx.field(static=True, default=False)
 
     def __check_init__(self) -> None:
-        if self.memory is not None:
-            positive_int("Anderson(memory)", self.memory)
+        positive_int("Anderson(memory)", self.memory)
         damping_factor("Anderson(damping)", self.damping)
 
     def init(self, x: Iterate) -> AndersonState:
@@ -235,10 +234,11 @@ class Anderson(LeafAware):
 def _turn(
     V: Iterate, U: Iterate, S: Float[Array, "m m"], slot: Int[Array, ""]
 ) -> tuple[Iterate, Iterate, Float[Array, "m m"]]:
-    """The same window in a basis of which the difference in `slot` has the direction there alone.
+    """The same window in a basis of which column `slot` alone holds some of difference `slot`.
 
-    Row `slot` of `S` is what it has of every column. Householder's reflection `I - 2 h h^T / h^T h`
-    takes that row to a multiple of the unit vector (*Journal of the ACM* 5, 1958).
+    So to replace that column is to forget that difference. Row `slot` of `S` is what every column
+    holds of it. Householder's reflection `I - 2 h h^T / h^T h` takes that row to a multiple of the
+    unit vector (*Journal of the ACM* 5, 1958).
     """
     here = (lax.iota(jnp.int32, S.shape[0]) == slot).astype(S.dtype)
     row = here @ S

@@ -73,7 +73,7 @@ class AbstractSolver(eqx.Module):
 class LeafAware(AbstractSolver):
     """A method that measures each leaf in units of its own size.
 
-    - `layout`: which entries are of one leaf, `None` where a vector is one; set by the solve.
+    - `layout`: which entries are of one leaf, `None` where a vector is one; set by the package.
     """
 
     layout: Packing | None = eqx.field(static=True, default=None, kw_only=True, repr=False)

@@ -67,7 +67,7 @@ class Broyden(LeafAware):
 
     - `memory`: updates kept, at most.
     - `damping`: `d`, above 0 and at most 1.
-    - `layout`: which entries are of one leaf; set by the solve.
+    - `layout`: which entries are of one leaf; set by the package.
 
     **Raises**
 
@@ -90,7 +90,7 @@ class Broyden(LeafAware):
     takes_back: ClassVar[bool] = True
 
     memory: int = 20
-    damping: float = 1.0
+    damping: float | Float[Array, ""] = 1.0
 
     def __check_init__(self) -> None:
         positive_int("Broyden(memory)", self.memory)

@@ -70,7 +70,7 @@ class Newton(LeafAware):
 
     - `linear_solver`: for the system with `I - J`; `AutoLinearSolver()` by default. One of Lineax
       is taken too. The forcing term is for those which have an `rtol` that was not set.
-    - `layout`: which entries are of one leaf; set by the solve.
+    - `layout`: which entries are of one leaf; set by the package.
 
     **Raises**
 

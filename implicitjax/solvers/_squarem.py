@@ -52,7 +52,7 @@ class Squarem(LeafAware):
 
     **Arguments**
 
-    - `layout`: which entries are of one leaf; set by the solve.
+    - `layout`: which entries are of one leaf; set by the package.
 
     ```python
     >>> import jax.numpy as jnp, implicitjax as ij
