@@ -41,14 +41,12 @@ def raise_if(
     shape = jax.ShapeDtypeStruct((), np.dtype(bool))
     check = _Check(raiser)
 
-    def call(carry: tuple) -> tuple:
-        flag, _ = carry
-        told = jax.pure_callback(check, shape, flag, frozen, vmap_method="broadcast_all")
-        return jnp.zeros_like(flag), told
-
-    # A loop of one round at most is a conditional that vmap does not turn into a select.
     failed = lax.stop_gradient(failed)
-    return lax.while_loop(lambda carry: carry[0], call, (failed, jnp.zeros_like(failed)))[1]
+
+    def call(flag: Array) -> Array:  # by `failed` XLA could move the call ahead of the condition
+        return jax.pure_callback(check, shape, flag, frozen, vmap_method="broadcast_all")
+
+    return _tree.call_if(failed, call, failed)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -199,7 +199,7 @@ def _raise_if_failed(
     if concrete and int(outcome.code) == CONVERGED:
         return state, aux
     paths = tuple(problem.paths[i] for i in problem.roles.feedback)
-    failure = ConvergenceFailure(paths, "root" if problem.root else "fixed point", answered)
+    failure = ConvergenceFailure(paths, problem.kind, answered)
     numbers = {
         "numbers": jax.lax.stop_gradient(outcome.numbers),
         "code": outcome.code,

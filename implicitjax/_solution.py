@@ -212,11 +212,12 @@ def refused_message(what: str, info: dict[str, Any], lane: str = "") -> str:
     )
 
 
-def derivative_message(info: dict[str, Any], lane: str = "") -> str:
+def derivative_message(what: str, info: dict[str, Any], lane: str = "") -> str:
     """The words of a failed linear solve, from concrete numbers."""
+    f = ", where f(x) = x - s g(x)," if what == "root" else ""
     return (
-        f"The derivative of the fixed point could not be computed{lane}: its linear solve "
-        "with I - df/dx failed.\n"
+        f"The derivative of the {what} could not be computed{lane}: its linear solve "
+        f"with I - df/dx{f} failed.\n"
         f"  relative residual {info['residual']:.3e}, tolerated {info['tolerance']:.3e}\n"
         f"  estimated condition number of I - df/dx: at least {info['condition']:.3e}\n"
         "  (a) I - df/dx is singular or nearly so (a fold, or an eigenvalue 1 of df/dx): "
@@ -226,7 +227,7 @@ def derivative_message(info: dict[str, Any], lane: str = "") -> str:
         "  (c) The map has no finite derivative at the solution (a kink, a square root at "
         "0).\n"
         'Pass `on_failure="return"` for the result as it is, or "nan" for NaN.\n'
-        f"{_DIAGNOSE['fixed point']}"
+        f"{_DIAGNOSE[what]}"
     )
 
 

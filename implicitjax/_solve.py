@@ -32,7 +32,7 @@ from ._loop import (
 from ._packing import Packing, packing
 from ._scaling import EVALUATIONS, move, scales
 from ._trace import Problem
-from .linear._transposable import transposable_solve
+from .linear._transposable import OnFailure, transposable_solve
 from .solvers._optimistix import Optimistix
 
 
@@ -197,7 +197,7 @@ def _fixed_point(
         assert isinstance(adjoint, ImplicitAdjoint)
         paths = tuple(problem.paths[i] for i in problem.roles.feedback)
         guess = Guess(packed, reads, paths, configuration.on_failure)
-        x_star = _differentiable(F, find, adjoint, configuration, problem.pullback_only, guess)
+        x_star = _differentiable(F, find, adjoint, configuration.on_failure, problem, guess)
         x, outcome = x_star(theta, x0, fixed)
     return packed.unpack(x), outcome
 
@@ -221,22 +221,21 @@ def _differentiable(
     F: Callable,
     find: Callable,
     adjoint: ImplicitAdjoint,
-    configuration: Configuration,
-    pullback_only: bool,
+    on_failure: OnFailure,
+    problem: Problem,
     guess: Guess,
 ) -> Callable:
     """`find` with the rule of the theorem."""
-    on_failure = configuration.on_failure
 
     def linear_solve(A: Callable, b: list, outcome: Outcome) -> list:
         failed = outcome.code != CONVERGED
-        return transposable_solve(A, b, adjoint.linear_solver, on_failure, failed)
+        return transposable_solve(A, b, adjoint.linear_solver, on_failure, failed, problem.kind)
 
     def mark(tangent: list, outcome: Outcome) -> list:
         if on_failure != "nan":
             return tangent
         return mark_failed(tangent, outcome.code != CONVERGED)
 
-    if pullback_only or adjoint.rule == "vjp":
+    if problem.pullback_only or adjoint.rule == "vjp":
         return by_vjp(F, find, linear_solve, guess)
     return by_jvp(F, find, linear_solve, mark, guess)

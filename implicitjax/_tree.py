@@ -61,6 +61,15 @@ def where(condition: Bool[Array, ""], x: PyTree, y: PyTree) -> PyTree:
     return jax.tree.map(lambda xi, yi: lax.select(condition, xi, yi), x, y)
 
 
+def call_if(condition: Bool[Array, ""], f: Callable[[PyTree], PyTree], x: PyTree) -> PyTree:
+    """`f(x)` if the scalar `condition` holds, else `x`, which `f(x)` must be like.
+
+    A loop of one round at most: a conditional that `jax.vmap` does not turn into a select of both.
+    """
+    once = lambda carry: (jnp.zeros_like(carry[0]), f(carry[1]))
+    return lax.while_loop(lambda carry: carry[0], once, (condition, x))[1]
+
+
 def nan_like(x: Array) -> Array:
     """NaN in the place of `x`, of a complex number in both parts."""
     return jnp.full_like(x, complex("nan+nanj") if jnp.iscomplexobj(x) else jnp.nan)

@@ -18,6 +18,8 @@ import numpy as np
 from jax import Array, lax
 from jaxtyping import Bool, Float, Int
 
+from . import _tree
+
 GOES_ON, CONVERGED, FAILED = range(3)
 _SECONDS = 0.1  # between two calls
 _STALE = 30.0  # a bar that has not been called for so long is taken for that of an aborted program
@@ -60,17 +62,15 @@ def tell(
     due = was_running & ((step >= told[1]) | ~goes_on)
     shape = jax.ShapeDtypeStruct((3,), np.dtype(np.int32))
 
-    def call(carry: tuple) -> tuple:
+    def call(told_and_step: Array) -> Array:
         stands, error = now()
-        numbers = jnp.append(carry[1], stands)
+        numbers = jnp.append(told_and_step, stands)
         # A batch comes as one call, with axes of lanes in front.
-        answer = jax.pure_callback(
+        return jax.pure_callback(
             _hear, shape, numbers, lax.stop_gradient(error), vmap_method="broadcast_all"
         )
-        return jnp.zeros_like(due), answer
 
-    # A loop of one round at most is a conditional that vmap does not turn into a select.
-    return lax.while_loop(lambda carry: carry[0], call, (due, jnp.append(told, step)))[1]
+    return _tree.call_if(due, call, jnp.append(told, step))
 
 
 def _hear(numbers: Any, error: Any) -> np.ndarray:

@@ -298,3 +298,18 @@ def test_an_answer_that_is_not_like_the_guess(answer, words, array):
 def test_a_keyword_that_a_custom_solver_does_not_take():
     with pytest.raises(TypeError, match="has_aux"):
         ij.custom_root(cubic, has_aux=True)
+
+
+def test_the_error_of_a_derivative_speaks_of_the_root():
+    """`I - J` is singular, and the tangent of `(a, a^2)` at 1, `(1, 2)`, is none of its images."""
+
+    def solve(a):
+        g = lambda x: x.sum() - jnp.stack([a, a**2])
+        return ij.implicit_root(g, jnp.array([0.25, 0.5]), solver=ij.Anderson()).value
+
+    with pytest.raises(ij.DerivativeError) as info:
+        jax.jvp(solve, (1.0,), (1.0,))
+    words = str(info.value)
+    assert words.startswith("The derivative of the root could not be computed: its linear solve")
+    assert "with I - df/dx, where f(x) = x - s g(x), failed" in words
+    assert words.splitlines()[-1].startswith("`ij.diagnose(g, solution.value, *args, root=True)`")

@@ -71,6 +71,11 @@ class Problem:
         return value, jax.tree.unflatten(self.aux_tree, _fill(self.aux_statics, aux))
 
     @property
+    def kind(self) -> str:
+        """What is looked for, for the words of an error."""
+        return "root" if self.root else "fixed point"
+
+    @property
     def aux_outputs(self) -> tuple[int, ...]:
         """Which outputs of the jaxpr are those of `aux`."""
         return tuple(range(len(self.state), len(self.jaxpr.outvars)))

@@ -60,9 +60,7 @@ def bounded(
         k, out, most = carry
         random, start = k == 0, out.value
         if take_over is not None:
-            # A loop of one round at most is a conditional that vmap does not turn into a select.
-            over = lambda c, go_on=take_over: (jnp.zeros((), bool), go_on(c[1]))
-            _, start = lax.while_loop(lambda c: c[0], over, (k == last, start))
+            start = _tree.call_if(k == last, take_over, start)
         sample = [1 + leaf for leaf in probe(b, k)]  # slow modes are mostly of one sign
         rhs, start = _tree.where(random, (sample, sample), (b, start))
         error = jnp.clip(4 * epsilon * most, rtol, digits)

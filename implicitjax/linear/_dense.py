@@ -4,9 +4,10 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array
 from jaxtyping import Bool, Float
 
+from .._tree import call_if
 from ._base import LinearSolution, Operator, PrecisionAware, probe, Vector
 from ._by_batch import by_batch
 
@@ -99,12 +100,9 @@ def factorise(A: Operator, b: Vector, epsilon: float) -> LinearSolution:
     lost = error / jnp.where(norm_u > 0, norm_u, 1.0)
     regular = lost <= digits
 
-    # A loop of one round at most is a conditional that vmap does not turn into a select.
-    def gauge(_: tuple) -> tuple:
-        return jnp.zeros_like(regular), *_without_gauge(matrix, formed, rhs, epsilon)
-
-    start = (~regular & jnp.all(jnp.isfinite(matrix)), u, regular)
-    _, u, trusted = lax.while_loop(lambda carry: carry[0], gauge, start)
+    singular = ~regular & jnp.all(jnp.isfinite(matrix))
+    gauge = lambda _: _without_gauge(matrix, formed, rhs, epsilon)
+    u, trusted = call_if(singular, gauge, (u, regular))
     norm_b = jnp.linalg.norm(rhs)
     left = rhs - jnp.where(decided, 0.0, matrix @ u)
     residual = jnp.linalg.norm(left) / jnp.where(norm_b > 0, norm_b, 1.0)
