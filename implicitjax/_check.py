@@ -6,10 +6,14 @@ import jax
 import numpy as np
 
 
-def positive_int(name: str, value: Any) -> None:
+def positive_int_or_none(name: str, value: Any) -> None:
     """Raises unless `value` is `None` or a Python integer of at least 1."""
-    if value is None:
-        return
+    if value is not None:
+        positive_int(name, value)
+
+
+def positive_int(name: str, value: Any) -> None:
+    """Raises unless `value` is a Python integer of at least 1."""
     if not isinstance(value, int) or isinstance(value, bool):
         raise TypeError(f"{name} must be a Python integer, got {value!r}.")
     if value < 1:

@@ -167,8 +167,15 @@ def test_methods_that_make_no_sense():
     ):
         with pytest.raises(ValueError, match=r"must"):
             make()
-    with pytest.raises(TypeError, match="integer"):
-        ij.Anderson(memory=2.5)  # pyright: ignore[reportArgumentType]
+    for make in (
+        lambda: ij.Anderson(memory=2.5),  # pyright: ignore[reportArgumentType]
+        lambda: ij.Broyden(memory=None),  # pyright: ignore[reportArgumentType]
+        lambda: ij.GMRES(restart=None),  # pyright: ignore[reportArgumentType]
+        lambda: ij.Neumann(max_steps=None),  # pyright: ignore[reportArgumentType]
+        lambda: ij.AutoLinearSolver(dense_limit=None),  # pyright: ignore[reportArgumentType]
+    ):
+        with pytest.raises(TypeError, match="must be a Python integer"):
+            make()
 
 
 def test_a_map_that_is_none():

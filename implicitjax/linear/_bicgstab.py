@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 
-from .._check import nonnegative, positive_int
+from .._check import nonnegative, positive_int_or_none
 from .._tree import size
 from ._base import (
     default_rtol,
@@ -53,7 +53,7 @@ class BiCGStab(PrecisionAware):
 
     def __check_init__(self) -> None:
         nonnegative("BiCGStab(rtol)", self.rtol)
-        positive_int("BiCGStab(max_steps)", self.max_steps)
+        positive_int_or_none("BiCGStab(max_steps)", self.max_steps)
 
     def solve(self, A: Operator, b: Vector) -> LinearSolution:
         """Solves `A u = b`; `b` is a list of real arrays of any shapes."""

@@ -4,7 +4,7 @@ from typing import Any
 
 import jax
 
-from .._check import nonnegative, positive_int
+from .._check import nonnegative, positive_int, positive_int_or_none
 from .._tree import size
 from ._base import (
     default_rtol,
@@ -56,7 +56,7 @@ class GMRES(PrecisionAware):
     def __check_init__(self) -> None:
         nonnegative("GMRES(rtol)", self.rtol)
         positive_int("GMRES(restart)", self.restart)
-        positive_int("GMRES(max_steps)", self.max_steps)
+        positive_int_or_none("GMRES(max_steps)", self.max_steps)
 
     def solve(self, A: Operator, b: Vector) -> LinearSolution:
         """Solves `A u = b`; `b` is a list of real arrays of any shapes."""

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Float
 
-from .._check import damping_factor, nonnegative, positive_int
+from .._check import damping_factor, nonnegative, positive_int, positive_int_or_none
 from .._tree import axpy, inner, sub
 from ._base import (
     default_rtol,
@@ -63,7 +63,7 @@ class Neumann(PrecisionAware):
     max_steps: int = 10_000
 
     def __check_init__(self) -> None:
-        positive_int("Neumann(terms)", self.terms)
+        positive_int_or_none("Neumann(terms)", self.terms)
         damping_factor("Neumann(damping)", self.damping)
         nonnegative("Neumann(rtol)", self.rtol)
         positive_int("Neumann(max_steps)", self.max_steps)

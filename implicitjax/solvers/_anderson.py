@@ -8,7 +8,7 @@ from jax import Array, lax
 from jaxtyping import Bool, Float, Int
 
 from .. import _tree
-from .._check import damping_factor, positive_int
+from .._check import damping_factor, positive_int_or_none
 from ._base import Iterate, LeafAware, Map
 from ._safeguard import check_step, choose_plain, unguarded
 from ._scale import combine, length, sizes
@@ -117,7 +117,7 @@ class Anderson(LeafAware):
     affine: bool = eqx.field(static=True, default=False)
 
     def __check_init__(self) -> None:
-        positive_int("Anderson(memory)", self.memory)
+        positive_int_or_none("Anderson(memory)", self.memory)
         damping_factor("Anderson(damping)", self.damping)
 
     def init(self, x: Iterate) -> AndersonState:
