@@ -442,6 +442,21 @@ def test_an_iterate_that_shows_a_residual_beside_it_is_accepted_with_its_own_num
     assert code == RUNNING and (out.mark, out.earlier) == (seen.mark, seen.earlier)
 
 
+@pytest.mark.parametrize(
+    "solver",
+    [ij.Picard(damping=0.5), ij.Anderson(), ij.Newton(), ij.Broyden(), ij.Squarem()],
+    ids=lambda s: type(s).__name__,
+)
+def test_a_solve_that_comes_back_to_a_solution_looks_elsewhere(solver):
+    """Where `x` and `y` are equal and move alike, the residual of `y = x` vanishes: the first look
+    beside the solution shows nothing of that leaf, and nor does any other in that direction.
+    """
+    f = lambda s: (2 - 0.5 * s[0] - 0.5 * s[1], s[0])
+    solution = ij.implicit_fixed_point(f, (1.0, 1.0), solver=solver)
+    assert solution.stats.num_evaluations <= 10
+    np.testing.assert_allclose(solution.value, 1.0, rtol=1e-10)
+
+
 @pytest.mark.usefixtures("x32")
 def test_a_solve_goes_on_from_a_probe_that_one_leaf_did_not_show():
     """By chance the residual of a leaf may vanish there too. Newton's method is then down to
@@ -501,8 +516,8 @@ def test_it_looks_along_the_residual_and_else_towards_zero():
 
     def aside(r, residual, probing=True):
         args = ([jnp.asarray(x)], [jnp.asarray(r)], [jnp.asarray(unit)])
-        now = measured(residual=residual)
-        return _probe.perturb([jnp.full(4, 7.0)], jnp.asarray(probing), *args, now)[0]
+        more = (measured(residual=residual), number(5.0), whole(args[0]))
+        return _probe.perturb([jnp.full(4, 7.0)], jnp.asarray(probing), *args, *more)[0]
 
     r = np.array([0.4, -0.3, 0.0, 1e9])
     np.testing.assert_array_equal(aside(r, 5.0, probing=False), np.full(4, 7.0))
@@ -513,6 +528,22 @@ def test_it_looks_along_the_residual_and_else_towards_zero():
     r = np.array([0.79, 0.81, -1.59, -3.3])  # the last by more than eight tolerances
     expected = [1.0 + 0.79, -2.0 + 0.81, -1.59, 3.0 - 0.8]
     np.testing.assert_allclose(aside(r, 2.0), expected, rtol=1e-14)
+
+
+def test_after_the_guess_leaves_are_moved_by_different_parts_at_each_step():
+    """Those of one vector, and vectors of their own; from a guess none is."""
+    layout = packing([jnp.zeros(2), jnp.zeros(2), jnp.zeros((), np.float32)])
+    x = [jnp.zeros(4), jnp.zeros((), np.float32)]
+
+    def moved(step):
+        units = list(map(jnp.ones_like, x))
+        more = (measured(residual=0.0), number(step), layout)
+        first, last = _probe.perturb(x, jnp.asarray(True), x, x, units, *more)
+        return np.asarray([first[0], first[2], last], np.float64)
+
+    for step in (0.0, 6.0, 8.0):
+        expected = 2 + np.sin(step * np.arange(3))
+        np.testing.assert_allclose(moved(step), expected, rtol=1e-6)
 
 
 def test_a_leaf_is_quiet_whose_residual_is_down_to_roundoff():

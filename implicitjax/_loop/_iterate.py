@@ -247,7 +247,7 @@ def _judge(
         jax.debug.callback(settings.progress, new.step, seen.error[0])
     return new._replace(
         x=_tree.where(code == ACCEPTED, old.x, new.x),
-        ahead=perturb(new.ahead, code == PROBING, x, r, unit, now),
+        ahead=perturb(new.ahead, code == PROBING, x, r, unit, now, seen.at, tolerances.packing),
         code=code,
         look_at=new.step + _number.steps_to_go(seen) if solver.steady else new.look_at,
         seen=numbers,

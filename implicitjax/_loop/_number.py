@@ -65,7 +65,8 @@ class Seen(NamedTuple):
     - `last`, `mean`: the factor of the last step, and the mean one since `earlier_at`.
     - `error`: the estimated error; NaN or infinite where nothing is known of it.
     - `best`, `best_at`: the least residual, and its step.
-    - `raw`, `first`: the last and the first residual in the units of the unknown.
+    - `raw`, `first`: the last and the first residual in the units of the unknown; the first that
+      is not 0, since beside 0 every other would have grown beyond return.
     - `falls`: the factor of the last step in those units.
     - `part`: what part of the tolerance the residual must be within.
     """
@@ -92,7 +93,7 @@ class Seen(NamedTuple):
 
 def nothing_seen(dtype: jnp.dtype) -> Float[Array, " numbers"]:
     """Before the first evaluation, which is step 0."""
-    zero = ("at", "mark_at", "earlier_at", "sample", "before", "most", "best_at")
+    zero = ("at", "mark_at", "earlier_at", "sample", "before", "most", "best_at", "first")
     start = [0.0 if name in zero else float("inf") for name in Seen._fields[:-1]]
     return jnp.asarray([*start, PART], dtype)
 
@@ -150,7 +151,7 @@ def see(seen: Seen, step: Int[Array, ""], now: Measured, sampled: bool) -> Seen:
         best=lax.select(better, now.residual, seen.best),
         best_at=lax.select(better, at, seen.best_at),
         raw=now.raw,
-        first=lax.select(seen.first < jnp.inf, seen.first, now.raw),
+        first=lax.select(seen.first > 0, seen.first, now.raw),
         falls=falls,
         part=seen.part,
     )

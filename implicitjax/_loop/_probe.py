@@ -6,14 +6,17 @@ evaluates the map a few tolerances from the iterate, the probe. If every leaf sh
 there, the iterate is accepted; if not, the solve goes on from the probe.
 """
 
+from typing import Any
+
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 from jaxtyping import Bool, Int
 
 from .. import _tree
 from .._packing import Packing
 from . import _number
-from ._number import Measured, Seen
+from ._number import Measured, Number, Seen
 from ._outcome import ACCEPTED, choose, CONVERGED, PROBING
 
 # How far from the iterate a probe is, in tolerances.
@@ -68,24 +71,38 @@ def settle(
 
 
 def perturb(
-    ahead: list, probing: Bool[Array, ""], x: list, r: list, unit: list, now: Measured
+    ahead: list,
+    probing: Bool[Array, ""],
+    x: list,
+    r: list,
+    unit: list,
+    now: Measured,
+    step: Number,
+    packing: Packing,
 ) -> list:
     """What is evaluated next: where the code asks for a probe, a point beside the iterate `x`.
 
     It lies along the residual `r`, which holds more of a slow mode than a random direction, and
-    where that shows nothing a few tolerances towards zero, which most domains of a map admit.
+    where that shows nothing a few tolerances towards zero, which most domains of a map admit. By
+    chance the residual of a leaf may vanish there. So each leaf goes farther or less far, by the
+    step: a solve that comes back to the same iterate does not look at the same point again.
     """
     shown = now.residual > 0  # the norm may be 0 where `r`, computed once more, is not
     stretch = lax.squeeze(lax.select(shown, _DISTANCE / now.residual, jnp.zeros_like(now.dx)), (0,))
     farthest = 2 * _DISTANCE * _tree.size(x) ** 0.5  # twice what one entry can be of that
+    at = lax.squeeze(step, (0,))
+    ways = packing.spread([float(k) for k in range(len(packing.order))])
 
-    def perturbed(ahead: Array, xi: Array, ri: Array, ui: Array) -> Array:
+    def perturbed(ahead: Array, xi: Array, ri: Array, ui: Array, way: Any) -> Array:
         along = _tree.widen(ri, ui.dtype)
         still = (_DISTANCE * ui).astype(along.dtype)
         still = lax.select(xi == 0, still, -still * jnp.sign(xi).astype(along.dtype))
         moved = along * stretch.astype(along.dtype)
         astray = (moved == 0) | ~(jnp.abs(moved).astype(ui.dtype) <= farthest * ui)
         moved = lax.select(astray, still, moved)
+        if np.any(way):  # the first leaf, and from a guess, as it is
+            part = 1 + jnp.sin(at * jnp.asarray(way, at.dtype)) / 2
+            moved = moved * part.astype(moved.dtype)
         return lax.select(probing, xi + moved.astype(xi.dtype), ahead)
 
-    return list(map(perturbed, ahead, x, r, unit))
+    return list(map(perturbed, ahead, x, r, unit, ways))
