@@ -410,7 +410,7 @@ def settled(
 
 
 def test_a_solve_that_would_end_with_a_quiet_leaf_looks_aside():
-    ends = looking_back(at=3.0), measured(residual=0.05)
+    ends = looking_back(at=3.0, sample=1.0), measured(residual=0.05)
     assert settled(CONVERGED, nothing(), *ends, quiet=True)[0] == PROBING
     assert settled(CONVERGED, nothing(), *ends)[0] == CONVERGED
     assert settled(RUNNING, nothing(), *ends, quiet=True)[0] == RUNNING
@@ -425,6 +425,35 @@ def test_a_guess_whose_residual_is_small_is_probed_where_it_shows_nothing():
     assert settled(RUNNING, nothing(), beside, measured(residual=0.2))[0] == RUNNING
     later = looking_back(at=1.0, sample=2.0)
     assert settled(RUNNING, nothing(), later, small, quiet=True)[0] == RUNNING
+
+
+def test_so_is_a_later_iterate_where_all_steps_were_lost_in_round_off():
+    small, later = measured(residual=0.05), looking_back(at=3.0)
+    assert settled(RUNNING, nothing(), later, small, quiet=True)[0] == PROBING
+    assert settled(RUNNING, nothing(), later, small)[0] == RUNNING
+    assert settled(RUNNING, nothing(), later, measured(residual=0.2), quiet=True)[0] == RUNNING
+    assert settled(RUNNING, nothing(), later, small, quiet=True, sampled=False)[0] == RUNNING
+    before = looking_back(at=3.0, before=1.0)
+    assert settled(RUNNING, nothing(), before, small, quiet=True)[0] == RUNNING
+    # The probe is then the only sample: 2 / 4 of a residual of 0.05, or 200 / 4 of it.
+    old, seen = looking_back(at=3.0, residual=0.05), looking_back(at=4.0, most=0.0)
+    for dx, ends in ((2.0, ACCEPTED), (200.0, RUNNING)):
+        now = measured(residual=5.0, roundoff=0.01, dx=dx, dr=4.0)
+        assert settled(RUNNING, old, seen, now, probed=True)[0] == ends
+
+
+@pytest.mark.parametrize(
+    "solver",
+    [ij.Anderson(), ij.Newton(), ij.Broyden(), ij.Squarem()],
+    ids=lambda s: type(s).__name__,
+)
+@pytest.mark.usefixtures("x32")
+def test_a_guess_from_which_all_steps_are_lost_in_round_off(solver):
+    """The residual of the guess stands above round-off, but the steps hardly do: no sample."""
+    f = lambda x: 1 + 0.5 * (x - 1)
+    solve = lambda x: ij.implicit_fixed_point(f, x, solver=solver, on_failure="nan").value
+    x = jax.vmap(solve)(1 + jnp.arange(20, dtype=jnp.float32) * 2.0**-23)
+    np.testing.assert_allclose(x, 1.0, rtol=3e-6)
 
 
 def test_an_iterate_that_shows_a_residual_beside_it_is_accepted_with_its_own_numbers():

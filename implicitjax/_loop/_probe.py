@@ -43,18 +43,22 @@ def settle(
 ) -> tuple[Int[Array, ""], Seen]:
     """The code, where quiet leaves ask for a probe, and after one whether what was probed holds.
 
-    Of a guess nothing else is known: the probe is a sample of the error.
+    Of a guess nothing else is known, nor where all steps were lost in round-off: the probe is a
+    sample of the error.
     """
-    unproved = (seen.at == 0) & _number.small(seen, now.residual, now.roundoff)
-    beside = (seen.at == 0) & (seen.sample > 0)  # a known iterate, far enough to be a sample
-    ask = (quiet & (code == CONVERGED)) | (unproved & (quiet | beside))
+    first = seen.at == 0
+    unproved = _number.small(seen, now.residual, now.roundoff)
+    beside = first & (seen.sample > 0)  # a known iterate, far enough to be a sample
+    unknown = jnp.maximum(seen.sample, seen.before) == 0 if sampled else first
+    ask = (quiet & ((code == CONVERGED) | (unproved & unknown))) | (unproved & beside)
     dr = now.dr if sampled else now.residual - old.residual
     sample = _number.take_sample(now.dx, dr, now.roundoff)
     error = jnp.maximum(sample, old.sample) * jnp.maximum(old.residual, now.roundoff)
     error = jnp.maximum(error, seen.most * now.roundoff)
     met = (sample > 0) & _number.within(seen, error, old.residual, now.roundoff)
-    met = probed & ~quiet & (met | (old.at > 0))
-    known = lax.select(old.at > 0, old.error, error)
+    proved = old.error <= 1
+    met = probed & ~quiet & (met | proved)
+    known = lax.select(proved, old.error, error)
     seen = seen._replace(
         error=lax.select(met, known, seen.error),
         residual=lax.select(met, old.residual, seen.residual),
