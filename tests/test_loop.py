@@ -11,7 +11,7 @@ import pytest
 from jax import Array
 
 import implicitjax as ij
-from implicitjax._loop import _number, _probe, _watch, held_to_its_own, nothing_to_solve, Tolerances
+from implicitjax._loop import _number, _probe, _watch, check_answer, nothing_to_solve, Tolerances
 from implicitjax._loop._number import Measured, Seen
 from implicitjax._loop._outcome import ACCEPTED, CONVERGED, MAX_STEPS, PROBING, RUNNING
 from implicitjax._loop._units import normalise
@@ -604,7 +604,7 @@ def test_the_answer_of_another_solver_is_held_to_the_larger_tolerance(residual, 
     x0 = [x[0] - off * unit]
     fx0 = [x0[0] + residual * unit]
     pair = tolerances(x, 0.0, unit), tolerances(x, 0.0, unit / 8)
-    outcome = held_to_its_own(x0, fx0, x, nothing_to_solve(None), pair, ij.rms_norm)
+    outcome = check_answer(x0, fx0, x, nothing_to_solve(None), pair, ij.rms_norm)
     assert outcome.code == code
     np.testing.assert_allclose(outcome.numbers[2], 0.0 if code == CONVERGED else off)
 
