@@ -12,6 +12,8 @@ from jaxtyping import Bool, Float, Int, PyTree
 class Result(eqx.Enumeration):
     """How a solve ended. Every member but `converged` is a failure."""
 
+    # In the order of the codes in `_loop/_outcome.py`, as are the names below.
+
     converged = (
         "The estimated error is within the tolerance, and the residual within a tenth of it or "
         "down to round-off."
@@ -46,7 +48,6 @@ class Result(eqx.Enumeration):
     )
 
 
-# In the order of their codes in `_loop/_outcome.py`.
 RESULT_NAMES = ("converged", "max_steps_reached", "stagnated", "diverged", "nonfinite")
 
 

@@ -1,5 +1,6 @@
 """The parts of the loop by themselves: the number that judges, and the unit of error."""
 
+import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,9 +14,19 @@ from jax import Array
 import implicitjax as ij
 from implicitjax._loop import _number, _probe, _watch, check_answer, nothing_to_solve, Tolerances
 from implicitjax._loop._number import Measured, Seen
-from implicitjax._loop._outcome import ACCEPTED, CONVERGED, MAX_STEPS, PROBING, RUNNING
+from implicitjax._loop._outcome import (
+    ACCEPTED,
+    CONVERGED,
+    DIVERGED,
+    MAX_STEPS,
+    NONFINITE,
+    PROBING,
+    RUNNING,
+    STAGNATED,
+)
 from implicitjax._loop._units import normalise
 from implicitjax._packing import packing, whole
+from implicitjax._solution import RESULT_NAMES
 
 EPS = float(np.finfo(np.float64).eps)
 DTYPES = [np.float64, np.float32]
@@ -747,3 +758,20 @@ def test_a_vector_in_units_is_wide_and_keeps_its_phase():
     assert [o.dtype for o in out] == [np.complex128, np.float32]
     np.testing.assert_array_equal(out[0], [6.0 + 8.0j])
     np.testing.assert_array_equal(out[1], [0.25, 6.0])
+
+
+def test_each_code_has_its_result():
+    """The numbers of `Result` follow the codes; `RESULT_NAMES` has the same order."""
+    results = {
+        CONVERGED: ij.Result.converged,
+        MAX_STEPS: ij.Result.max_steps_reached,
+        STAGNATED: ij.Result.stagnated,
+        DIVERGED: ij.Result.diverged,
+        NONFINITE: ij.Result.nonfinite,
+    }
+    outcome = nothing_to_solve(None)
+    for code, result in results.items():
+        found = dataclasses.replace(outcome, code=jnp.asarray(code, jnp.int32)).result()
+        assert found == result and str(found) == str(result)
+        assert getattr(ij.Result, RESULT_NAMES[code - CONVERGED]) == result
+    assert len(RESULT_NAMES) == len(results)

@@ -3,12 +3,13 @@
 from typing import Any
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 from jaxtyping import Bool, Float, Int
 
-from .._solution import Result, RESULT_NAMES
+from .._solution import Result
 
 # Up to RUNNING the loop goes on; ACCEPTED is a convergence at the iterate before.
 PROBING, RUNNING, CONVERGED, MAX_STEPS, STAGNATED, DIVERGED, NONFINITE, ACCEPTED = range(-1, 7)
@@ -35,11 +36,10 @@ class Outcome(eqx.Module):
     history: Array | None
 
     def result(self) -> Result:
-        """The public name of the code."""
-        result = Result.converged
-        for code, name in enumerate(RESULT_NAMES[1:], start=MAX_STEPS):
-            result = Result.where(self.code == code, getattr(Result, name), result)
-        return result
+        """The public name of the code. A member of `Result` is a pytree whose leaf is its number,
+        and they are numbered in the order of the codes.
+        """
+        return jax.tree.map(lambda _: self.code - CONVERGED, Result.converged)
 
 
 def choose(condition: Array, code: Any, otherwise: Any) -> Array:
