@@ -88,10 +88,15 @@ def test_an_error_takes_fifteen_lines_whoever_called(name):
     happened = "The fixed point was not reached"
     if "derivative" in name:
         happened = "The derivative of the fixed point could not be computed"
-    if name in ("eager", "grad", "vmap"):
+    # JAX's own two lines come first: that there was an error in a callback, and its place. An eager
+    # solve has none of them; under vmap it depends on whether the call has returned before.
+    within = lines[2].partition("Error: ")[2].startswith(happened)
+    if name in ("eager", "grad"):
         assert lines[0].startswith(happened)
-    else:  # JAX's own two lines come first: that there was an error in a callback, and its place
-        assert lines[2].partition("Error: ")[2].startswith(happened)
+    elif name == "vmap":
+        assert lines[0].startswith(happened) or within
+    else:
+        assert within
     assert lines[-1].startswith("`ij.diagnose(f, solution.value, *args)`") or lines[-1][0] == "-"
 
 
