@@ -187,6 +187,7 @@ def _stats(problem: Problem, outcome: Outcome) -> Stats:
         error_estimate=outcome.numbers[..., 1],
         contraction_rate=outcome.numbers[..., 3],
         tolerance_clamped=outcome.clamped,
+        tried=outcome.tried,
         residual_history=history,
     )
 
@@ -206,6 +207,8 @@ def _raise_if_failed(
         "num_steps": outcome.num_steps,
         "worst": outcome.worst,
     }
+    if outcome.tried is not None:
+        numbers["tried"] = outcome.tried
     if concrete:
         failure(True, numbers)
     failed = raise_if(outcome.code != CONVERGED, failure, numbers)
@@ -236,6 +239,7 @@ class ConvergenceFailure:
             "ratio": ratio,
             "contraction_rate": rate,
             "leaf": self.paths[int(found["worst"])],
+            "tried": found.get("tried", ()),
         }
         if self.answered:
             raise ConvergenceError(refused_message(self.what, info, lane))

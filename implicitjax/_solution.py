@@ -51,6 +51,9 @@ class Result(eqx.Enumeration):
 RESULT_NAMES = ("converged", "max_steps_reached", "stagnated", "diverged", "nonfinite")
 
 
+_TRIED = ("steps taken back", "plain steps", "fresh windows")
+
+
 class Stats(eqx.Module):
     """What a solve cost and how well it did. All fields are arrays.
 
@@ -67,6 +70,9 @@ class Stats(eqx.Module):
       tolerance, near the end; 0 where no step was needed.
     - `tolerance_clamped`: whether the tolerances lay below the round-off of the dtype,
       so that the solve was held to what the dtype can reach instead.
+    - `tried`: what `Anderson` tried where its extrapolations led nowhere, three counts: steps taken
+      back, plain steps in the place of extrapolations, and stalls, after which its window began
+      anew. `None` for another method.
     - `residual_history`: with `history=True` the root mean square of the residual of every
       leaf: the structure of `x0`, each iterated leaf replaced by an array of shape
       `(max_steps + 1,)` whose entry `k` belongs to the iterate after `k` steps (0 beyond
@@ -79,6 +85,7 @@ class Stats(eqx.Module):
     error_estimate: Float[Array, "..."]
     contraction_rate: Float[Array, "..."]
     tolerance_clamped: Bool[Array, "..."]
+    tried: Int[Array, "... 3"] | None = None
     residual_history: PyTree = None
 
     def __repr__(self) -> str:
@@ -93,6 +100,9 @@ class Stats(eqx.Module):
             "estimated error": self.error_estimate,
             "contraction rate": self.contraction_rate,
         }
+        counts = None if self.tried is None else _concrete(self.tried)
+        if counts is not None:
+            rows |= {name: counts[..., i] for i, name in enumerate(_TRIED) if counts[..., i].any()}
         lines = [f"{name:17}{_words(number)}" for name, number in rows.items()]
         clamped = _concrete(self.tolerance_clamped)
         if clamped is not None and clamped.any():
@@ -186,6 +196,8 @@ def _times(ratio: float) -> str:
 def convergence_message(what: str, result: str, info: dict[str, Any], lane: str = "") -> str:
     """The words of a failed solve, from concrete numbers."""
     happened, advice = Result[getattr(Result, result)].split("\n", 1)
+    tried = [f"{n} {name}" for name, n in zip(_TRIED, info["tried"], strict=False) if n]
+    efforts = f"  it tried {', '.join(tried)}\n" if tried else ""
     return (
         f"The {what} was not reached{lane}. {happened} ({result})\n"
         f"  after {info['num_steps']} steps the residual norm is "
@@ -193,7 +205,7 @@ def convergence_message(what: str, result: str, info: dict[str, Any], lane: str 
         f"  the estimated error is {_times(info['ratio'])} the tolerance, and the last steps "
         f"multiplied the residual by {info['contraction_rate']:.4g} each\n"
         f"  the worst leaf is {info['leaf']}\n"
-        f"{advice}\n"
+        f"{efforts}{advice}\n"
         'Pass `on_failure="return"` for the best iterate with its result, or "nan" for NaN.\n'
         f"{_DIAGNOSE[what]}"
     )

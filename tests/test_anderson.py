@@ -124,6 +124,24 @@ def test_it_ends_where_plain_iteration_ends(name):
     np.testing.assert_allclose(found, meant, rtol=1e-7, atol=1e-9)
 
 
+def test_the_result_says_what_was_tried():
+    """Residuals of `5 x + 1` from 0 are 1, 5 and, since the extrapolation goes against them and a
+    plain step stands in its place, 25: that is taken back, and the extrapolation ends.
+    """
+    f = lambda x, a: a * x + 1.0
+    solve = lambda a: ij.implicit_fixed_point(f, jnp.zeros(2), a, on_failure="return")
+    slopes = jnp.array([[0.5, 0.5], [5.0, 5.0]])
+    tried = jax.jit(jax.vmap(lambda a: solve(a).stats.tried))(slopes)
+    np.testing.assert_array_equal(tried, [[0, 0, 0], [1, 1, 0]])
+    shown = repr(solve(slopes[1]))
+    assert "steps taken back 1" in shown and "plain steps      1" in shown
+    assert "windows" not in shown and "plain" not in repr(solve(slopes[0]))
+    stalls = ij.implicit_fixed_point(lambda x: x + 1.0, jnp.zeros(3), on_failure="return")
+    assert stalls.stats.tried is not None
+    assert int(stalls.stats.tried[2]) > 10  # the window holds nothing, and begins anew
+    assert ij.implicit_fixed_point(jnp.cos, 0.0, solver=ij.Picard()).stats.tried is None
+
+
 @pytest.mark.parametrize("dtype", [jnp.float64, jnp.float32])
 def test_a_value_that_is_not_finite_is_taken_back(dtype):
     # Plain and extrapolated steps leave the domain of the logarithm; the root is e^c.

@@ -111,8 +111,11 @@ def test_the_traceback_of_an_eager_solve_has_two_frames_of_the_package():
 @pytest.mark.parametrize("what", ["fixed point", "root"])
 def test_the_words_of_every_failure_are_few(result, what):
     info = {"num_steps": 3, "residual_norm": 1.0, "ratio": 2.0, "contraction_rate": 0.5}
-    words = convergence_message(what, result, info | {"leaf": "x0"}, " in lane 1")
-    assert len(words.splitlines()) <= 11
+    info |= {"leaf": "x0", "tried": np.array([3, 0, 2])}
+    words = convergence_message(what, result, info, " in lane 1")
+    assert "  it tried 3 steps taken back, 2 fresh windows\n" in words
+    assert "tried" not in convergence_message(what, result, info | {"tried": ()})
+    assert len(words.splitlines()) <= 12
     assert words.startswith(f"The {what} was not reached in lane 1. The ")
     assert words.splitlines()[0].endswith(f"({result})")
     assert "ij.diagnose(" in words

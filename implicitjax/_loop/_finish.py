@@ -50,6 +50,7 @@ def finish(state: Any, tolerances: Tolerances, settings: Any) -> tuple[list, Out
         num_evaluations=state.step + 1,
         clamped=tolerances.clamped(at, value),
         worst=_worst(at, value, tolerances),
+        tried=state.tried,
         history=None if state.history is None else state.history[:, tolerances.packing.inverse],
     )
 

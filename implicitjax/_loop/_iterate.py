@@ -81,6 +81,7 @@ class State(NamedTuple):
     - `reference`: of a steady method the iterate at the last power of two steps, or `None`.
     - `best`: the iterate with the least residual, its value and that, or `None`.
     - `history`: the residuals of every leaf by step, or `None`.
+    - `tried`: what the solver tried beside its usual steps on its way to `x`, or `None`.
     - `told`: what the host has said of its bar, or `None`.
     """
 
@@ -95,6 +96,7 @@ class State(NamedTuple):
     reference: list | None
     best: tuple | None
     history: Array | None
+    tried: Array | None
     told: progress.Told | None
 
     @property
@@ -186,14 +188,14 @@ def _start(
     """The state before the first evaluation."""
     x, fx = (x0, x0) if known is None else (known.x, known.fx)
     dtype, step = _tree.accumulation_dtype(x0), jnp.full((), -1, jnp.int32)
-    history, seen = None, _number.nothing_seen(dtype)
+    memory, history, seen = solver.init(x0), None, _number.nothing_seen(dtype)
     if settings.history:
         history = jnp.zeros((settings.max_steps + 1, len(tolerances.epsilons)), dtype)
     return State(
         x=x,
         fx=None if solver.steps_to_value else fx,
         ahead=x0,
-        memory=solver.init(x0),
+        memory=memory,
         step=step,
         look_at=jnp.zeros((), jnp.int32),
         code=jnp.full((), RUNNING, jnp.int32),
@@ -201,6 +203,7 @@ def _start(
         reference=x0 if solver.steady else None,
         best=(x0, x0, jnp.full((1,), jnp.inf, dtype)) if settings.keep_best else None,
         history=history,
+        tried=solver.tried(memory),
         told=progress.nothing_told() if settings.progress is True else None,
     )
 
@@ -254,6 +257,7 @@ def _judge(
         reference=reference,
         best=best,
         history=history,
+        tried=_tree.where(code == ACCEPTED, old.tried, solver.tried(old.memory)),
     )
 
 

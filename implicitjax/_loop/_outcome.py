@@ -24,6 +24,7 @@ class Outcome(eqx.Module):
     - `num_steps`, `num_evaluations`: steps of the solver, evaluations of the map.
     - `clamped`: whether a tolerance lay below what the dtype can reach.
     - `worst`: the index of the leaf whose residual is the largest beside its size.
+    - `tried`: what the method tried beside its usual steps, see `Stats`, or `None`.
     - `history`: the residuals of every leaf, a column each, or `None`.
     """
 
@@ -33,6 +34,7 @@ class Outcome(eqx.Module):
     num_evaluations: Int[Array, "..."]
     clamped: Bool[Array, "..."]
     worst: Int[Array, "..."]
+    tried: Int[Array, "... 3"] | None
     history: Array | None
 
     def result(self) -> Result:
@@ -59,5 +61,6 @@ def nothing_to_solve(history: Array | None) -> Outcome:
         num_evaluations=jnp.zeros((), jnp.int32),
         clamped=jnp.zeros((), bool),
         worst=jnp.zeros((), jnp.int32),
+        tried=None,
         history=history,
     )

@@ -51,6 +51,7 @@ def settle(
     beside = first & (seen.sample > 0)  # a known iterate, far enough to be a sample
     unknown = jnp.maximum(seen.sample, seen.before) == 0 if sampled else first
     ask = (quiet & ((code == CONVERGED) | (unproved & unknown))) | (unproved & beside)
+    ask = ask & (code <= CONVERGED)
     dr = now.dr if sampled else now.residual - old.residual
     sample = _number.take_sample(now.dx, dr, now.roundoff)
     error = jnp.maximum(sample, old.sample) * jnp.maximum(old.residual, now.roundoff)

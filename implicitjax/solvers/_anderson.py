@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float, Int
 from .. import _tree
 from .._check import damping_factor, positive_int_or_none
 from ._base import Iterate, LeafAware, Map
-from ._safeguard import check_step, choose_plain, unguarded
+from ._safeguard import check_step, choose_plain, counts, unguarded
 from ._scale import combine, length, sizes
 
 # Columns at the most: of up to so many unknowns, and of more.
@@ -139,6 +139,10 @@ class Anderson(LeafAware):
             left=None if m == unknowns else jnp.full((), jnp.inf, dtype),
             guard=unguarded(dtype),
         )
+
+    def tried(self, state: AndersonState) -> Int[Array, " 3"]:
+        """Steps taken back, plain steps in the place of extrapolations, stalls."""
+        return counts(state.guard)
 
     def step(
         self, f: Map, x: Iterate, fx: Iterate, state: AndersonState

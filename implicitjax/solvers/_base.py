@@ -57,6 +57,10 @@ class AbstractSolver(eqx.Module):
         """The method for vectors in which several leaves travel; see `_packing.py`."""
         return self
 
+    def tried(self, state: Any) -> Array | None:
+        """What a solve tried beside its usual steps; see `Stats`. Only `Anderson` tells it."""
+        return None
+
     @abc.abstractmethod
     def init(self, x: Iterate) -> Any:
         """The state before the first step, a pytree of arrays."""

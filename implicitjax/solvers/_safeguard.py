@@ -5,7 +5,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 
 # A residual above so many times the least one is taken back.
 _GREW = 10.0
@@ -25,6 +25,8 @@ class Safeguard(NamedTuple):
     - `plain`: how many plain steps in a row led here.
     - `free`: 1 from where plain steps have led nowhere, and an extrapolation may go against the
       residual; 0 before.
+    - `backs`, `guarded`, `stalls`: how many steps were taken back, how many plain ones stood in the
+      place of an extrapolation, and how often the solve stalled.
     """
 
     best: Number
@@ -33,6 +35,9 @@ class Safeguard(NamedTuple):
     short: Number
     plain: Number
     free: Number
+    backs: Number
+    guarded: Number
+    stalls: Number
 
 
 def unguarded(dtype: jnp.dtype) -> Float[Array, " numbers"]:
@@ -68,6 +73,8 @@ def check_step(
         fraction=jnp.minimum(fraction, one),
         short=jnp.minimum(short, one),
         free=lax.select(led_away, one, guard.free),
+        backs=guard.backs + back.astype(now.dtype),
+        stalls=guard.stalls + stalled.astype(now.dtype),
     )
     return guard, lax.squeeze(back, (0,)), lax.squeeze(stalled, (0,))
 
@@ -81,7 +88,17 @@ def choose_plain(
     Along such an extrapolation the map repels: plain iteration would lead away from where it goes.
     So it is not taken, unless plain iteration was seen to lead nowhere.
     """
-    plain = bare[None] | (against[None] & (guard.free == 0))
+    guarded = against[None] & (guard.free == 0)
+    plain = bare[None] | guarded
     row = lax.select(plain, guard.plain + 1, jnp.zeros_like(guard.plain))
-    free = lax.select(row >= _PLAIN, jnp.ones_like(row), guard.free)
-    return lax.concatenate(guard._replace(plain=row, free=free), 0), lax.squeeze(plain, (0,))
+    guard = guard._replace(
+        plain=row,
+        free=lax.select(row >= _PLAIN, jnp.ones_like(row), guard.free),
+        guarded=guard.guarded + guarded.astype(row.dtype),
+    )
+    return lax.concatenate(guard, 0), lax.squeeze(plain, (0,))
+
+
+def counts(numbers: Float[Array, " numbers"]) -> Int[Array, " 3"]:
+    """Steps taken back, plain steps in the place of extrapolations, stalls."""
+    return numbers[-3:].astype(jnp.int32)
