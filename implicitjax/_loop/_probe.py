@@ -95,7 +95,6 @@ def perturb(
     shown = now.residual > 0  # the norm may be 0 where `r`, computed once more, is not
     stretch = lax.squeeze(lax.select(shown, _DISTANCE / now.residual, jnp.zeros_like(now.dx)), (0,))
     farthest = 2 * _DISTANCE * _tree.size(x) ** 0.5  # twice what one entry can be of that
-    at = lax.squeeze(step, (0,))
     ways = packing.spread([float(k) for k in range(len(packing.order))])
 
     def perturbed(ahead: Array, xi: Array, ri: Array, ui: Array, way: Any) -> Array:
@@ -106,7 +105,7 @@ def perturb(
         astray = (moved == 0) | ~(jnp.abs(moved).astype(ui.dtype) <= farthest * ui)
         moved = lax.select(astray, still, moved)
         if np.any(way):  # the first leaf, and from a guess, as it is
-            part = 1 + jnp.sin(at * jnp.asarray(way, at.dtype)) / 2
+            part = 1 + jnp.sin(lax.squeeze(step, (0,)) * jnp.asarray(way, step.dtype)) / 2
             moved = moved * part.astype(moved.dtype)
         return lax.select(probing, xi + moved.astype(xi.dtype), ahead)
 
