@@ -233,7 +233,7 @@ def _judge(
     code, seen = settle(old.code == PROBING, code, quiet, before, seen, now, sampled)
     numbers = lax.concatenate(seen, 0)
     if solver.takes_back:  # a value that is not finite shows nothing
-        numbers = jnp.where(jnp.isnan(residual), old.seen, numbers)
+        numbers = _tree.where(lax.squeeze(jnp.isnan(residual), (0,)), old.seen, numbers)
     reference, best, history = new.reference, old.best, new.history
     if reference is not None:
         turn = lax.squeeze(seen.mark_at == seen.at, (0,)) | (code == PROBING)
@@ -248,16 +248,17 @@ def _judge(
         history = history.at[new.step].set(row)
     if callable(settings.progress):
         jax.debug.callback(settings.progress, new.step, seen.error[0])
+    accepted, probing = code == ACCEPTED, code == PROBING
     return new._replace(
-        x=_tree.where(code == ACCEPTED, old.x, new.x),
-        ahead=perturb(new.ahead, code == PROBING, x, r, unit, now, seen.at, tolerances.packing),
+        x=_tree.where(accepted, old.x, new.x),
+        ahead=perturb(new.ahead, probing, x, r, unit, now, seen.at, tolerances.packing),
         code=code,
         look_at=new.step + _number.steps_to_go(seen) if solver.steady else new.look_at,
         seen=numbers,
         reference=reference,
         best=best,
         history=history,
-        tried=_tree.where(code == ACCEPTED, old.tried, solver.tried(old.memory)),
+        tried=_tree.where(accepted, old.tried, solver.tried(old.memory)),
     )
 
 

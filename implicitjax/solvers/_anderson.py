@@ -197,7 +197,7 @@ class Anderson(LeafAware):
         active = (here & usable) | others
         V, U = (
             [
-                lax.dynamic_update_index_in_dim(ci, vi, slot, 0)
+                lax.dynamic_update_index_in_dim(ci, vi, slot, 0, allow_negative_indices=False)
                 for ci, vi in zip(columns, column, strict=True)
             ]
             for columns, column in ((V, v), (U, u))

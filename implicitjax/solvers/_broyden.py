@@ -163,7 +163,9 @@ class Broyden(LeafAware):
         step = _tree.where(anew, plain, combine((1, Gr), (along, u)))
         slot = jnp.clip(state.count, 0, m - 1)
         put = lambda columns, column: [
-            lax.dynamic_update_index_in_dim(ci, vi.astype(ci.dtype), slot, 0)
+            lax.dynamic_update_index_in_dim(
+                ci, vi.astype(ci.dtype), slot, 0, allow_negative_indices=False
+            )
             for ci, vi in zip(columns, column, strict=True)
         ]
         ahead = [
