@@ -41,38 +41,58 @@ def settle(
     now: Measured,
     sampled: bool,
 ) -> tuple[Int[Array, ""], Seen]:
-    """The code, where quiet leaves ask for a probe, and after one whether what was probed holds.
+    """The code, and the numbers: whether this iterate asks for a probe; and where it is the probe
+    itself, whether the iterate before, of which `old` tells, is accepted.
 
-    Of a guess nothing else is known, nor where all steps were lost in round-off: the probe is a
-    sample of the error.
+    - `probed`: whether this iterate is a probe; `quiet`: whether some leaf is.
+    - `code`, `seen`, `now`: of this iterate.
     """
-    first = seen.at == 0
-    unproved = _number.small(seen, now.residual, now.roundoff)
-    beside = first & (seen.sample > 0)  # a known iterate, far enough to be a sample
-    unknown = jnp.maximum(seen.sample, seen.before) == 0 if sampled else first
-    ask = (quiet & ((code == CONVERGED) | (unproved & unknown))) | (unproved & beside)
-    ask = ask & (code <= CONVERGED)
-    dr = now.dr if sampled else now.residual - old.residual
-    sample = _number.take_sample(now.dx, dr, now.roundoff)
-    error = jnp.maximum(sample, old.sample) * jnp.maximum(old.residual, now.roundoff)
-    error = jnp.maximum(error, seen.most * now.roundoff)
-    met = (sample > 0) & _number.within(seen, error, old.residual, now.roundoff)
-    proved = old.error <= 1
-    met = probed & ~quiet & (met | proved)
-    known = lax.select(proved, old.error, error)
+    confirmed, error = _confirms(old, seen, now, sampled)
+    accepted = probed & ~quiet & confirmed
+    asks = _asks(code, quiet, seen, now, sampled)
     seen = seen._replace(
-        error=lax.select(met, known, seen.error),
-        residual=lax.select(met, old.residual, seen.residual),
-        raw=lax.select(met, old.raw, seen.raw),
-        falls=lax.select(met, old.falls, seen.falls),
+        error=lax.select(accepted, error, seen.error),
+        residual=lax.select(accepted, old.residual, seen.residual),
+        raw=lax.select(accepted, old.raw, seen.raw),
+        falls=lax.select(accepted, old.falls, seen.falls),
         # Residuals down to round-off tell no rate: what goes on from a probe is measured from it.
         mark=lax.select(probed, now.residual, seen.mark),
         mark_at=lax.select(probed, seen.at, seen.mark_at),
         earlier=lax.select(probed, now.residual, seen.earlier),
         earlier_at=lax.select(probed, seen.at, seen.earlier_at),
     )
-    code = choose(met, ACCEPTED, choose(ask, PROBING, code))
+    code = choose(accepted, ACCEPTED, choose(asks, PROBING, code))
     return lax.squeeze(code, (0,)), seen
+
+
+def _asks(
+    code: Int[Array, " 1"], quiet: Bool[Array, " 1"], seen: Seen, now: Measured, sampled: bool
+) -> Bool[Array, " 1"]:
+    """Whether the map is evaluated beside this iterate before it can be accepted: it would end the
+    solve; or its residual is small, but nothing is known of its error, since it is the guess, or
+    since all steps were lost in round-off. Both where a leaf is quiet.
+    """
+    guess = seen.at == 0
+    unknown = jnp.maximum(seen.sample, seen.before) == 0 if sampled else guess
+    beside = guess & (seen.sample > 0)  # a known iterate stands beside it; it need not be quiet
+    small = _number.small(seen, now.residual, now.roundoff)
+    asks = (quiet & ((code == CONVERGED) | (small & unknown))) | (small & beside)
+    return asks & (code <= CONVERGED)
+
+
+def _confirms(
+    old: Seen, seen: Seen, now: Measured, sampled: bool
+) -> tuple[Bool[Array, " 1"], Number]:
+    """Whether the error of the iterate before the probe is within the tolerance, and that error:
+    as it was estimated there; where nothing was known of it, by the probe, which is a sample.
+    """
+    dr = now.dr if sampled else now.residual - old.residual
+    sample = _number.take_sample(now.dx, dr, now.roundoff)
+    error = jnp.maximum(sample, old.sample) * jnp.maximum(old.residual, now.roundoff)
+    error = jnp.maximum(error, seen.most * now.roundoff)
+    within = (sample > 0) & _number.within(seen, error, old.residual, now.roundoff)
+    known = old.error <= 1
+    return known | within, lax.select(known, old.error, error)
 
 
 def perturb(
