@@ -23,6 +23,9 @@ from jaxtyping import Bool, Float, PyTree
 # Fewer numbers than this are a small leaf: the number of operations is what it costs, not memory.
 SMALL = 4096
 
+# A number, as an array of one entry: so they are cut from a vector, and put back, at once.
+Number = Float[Array, " 1"]
+
 
 def accumulation_dtype(*trees: PyTree) -> Any:
     """The real dtype in which sums over these leaves are taken: float64 or float32."""
@@ -54,6 +57,11 @@ def axpy(alpha: Any, x: PyTree, y: PyTree) -> PyTree:
 def sub(x: PyTree, y: PyTree) -> PyTree:
     """`x - y`."""
     return jax.tree.map(lambda xi, yi: xi - yi, x, y)
+
+
+def cut(numbers: Float[Array, " numbers"]) -> list[Number]:
+    """The numbers one by one."""
+    return list(lax.split(numbers, [1] * numbers.size))
 
 
 def where(condition: Bool[Array, ""], x: PyTree, y: PyTree) -> PyTree:

@@ -12,6 +12,7 @@ import pytest
 from jax import Array
 
 import implicitjax as ij
+from implicitjax import _tree
 from implicitjax._loop import _number, _probe, _watch, check_answer, nothing_to_solve, Tolerances
 from implicitjax._loop._number import Measured, Seen
 from implicitjax._loop._outcome import (
@@ -37,7 +38,7 @@ def number(value: Any, dtype: Any = np.float64) -> Any:
 
 
 def nothing(dtype: Any = np.float64) -> Seen:
-    return Seen(*_number.cut(_number.nothing_seen(jnp.dtype(dtype))))
+    return Seen(*_tree.cut(_number.nothing_seen(jnp.dtype(dtype))))
 
 
 def measured(residual=0.0, roundoff=0.0, raw=0.0, dx=0.0, dr=0.0) -> Measured:
@@ -302,7 +303,7 @@ def test_a_caller_may_ask_for_less_than_a_tenth(residual, roundoff, expected):
     numbers = _number.with_known(
         _number.nothing_seen(jnp.dtype(np.float64)), jnp.asarray(3.0), jnp.asarray(0.01)
     )
-    seen = Seen(*_number.cut(numbers))
+    seen = Seen(*_tree.cut(numbers))
     assert seen.most[0] == 3
     within = _number.within(seen, number(1.0), number(residual), number(roundoff))
     assert bool(within[0]) is expected

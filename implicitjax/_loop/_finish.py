@@ -9,7 +9,6 @@ from jax import Array, lax
 from jaxtyping import Bool, Int
 
 from .. import _tree
-from . import _number
 from ._number import Seen
 from ._outcome import (
     ACCEPTED,
@@ -26,7 +25,7 @@ from ._units import normalise, Tolerances
 
 def finish(state: Any, tolerances: Tolerances, settings: Any) -> tuple[list, Outcome]:
     """The iterate that is returned, and how the loop ended."""
-    seen, x, fx = Seen(*_number.cut(state.seen)), state.x, state.value
+    seen, x, fx = Seen(*_tree.cut(state.seen)), state.x, state.value
     probed = state.code == ACCEPTED
     code = choose(probed, CONVERGED, state.code)
     code = choose(code <= RUNNING, MAX_STEPS, code)

@@ -156,7 +156,7 @@ def iterate(
             ended = choose((code == CONVERGED) | probed, progress.CONVERGED, progress.FAILED)
             state = choose(goes_on, progress.GOES_ON, ended)
             stands = jnp.stack([state, step - probed.astype(jnp.int32)])
-            return stands, Seen(*_number.cut(seen)).error[0]
+            return stands, Seen(*_tree.cut(seen)).error[0]
 
         told = progress.tell(told, new.step, now, was_running, goes_on)
         return new._replace(told=told[:2], step=told[2])
@@ -227,7 +227,7 @@ def _judge(
     residual, roundoff, raw, dx = norms[:4]
     now, sampled = Measured(residual, roundoff, raw, dx, norms[-1]), not solver.steady
     quiet = is_quiet(now, vectors[0], vectors[1], tolerances.packing)
-    before = Seen(*_number.cut(old.seen))
+    before = Seen(*_tree.cut(old.seen))
     seen = _number.see(before, new.step, now, sampled)
     code = _decide(seen, now, solver)
     code, seen = settle(old.code == PROBING, code, quiet, before, seen, now, sampled)

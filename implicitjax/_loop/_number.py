@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Bool, Float, Int
 
-from .._tree import SMALL
+from .._tree import cut, Number, SMALL
 
 # The residual must be within this part of the tolerance, or less where a caller asks it, or down
 # to round-off.
@@ -31,9 +31,6 @@ PART = 0.1
 ABOVE = 4.0
 # A residual below so many times the round-off is as small as it gets.
 LOST = 4.0
-
-# A number, as an array of one entry: so they are cut from a vector, and put back, at once.
-Number = Float[Array, " 1"]
 
 
 class Measured(NamedTuple):
@@ -105,11 +102,6 @@ def with_known(
     by it what part of the tolerance the residual must be within.
     """
     return numbers.at[Seen._fields.index("most")].set(most).at[-1].set(part)
-
-
-def cut(numbers: Float[Array, " numbers"]) -> list[Number]:
-    """The numbers one by one."""
-    return list(lax.split(numbers, [1] * numbers.size))
 
 
 def see(seen: Seen, step: Int[Array, ""], now: Measured, sampled: bool) -> Seen:

@@ -16,7 +16,7 @@ from jaxtyping import Bool, Int
 from .. import _tree
 from .._packing import Packing
 from . import _number
-from ._number import Measured, Number, Seen
+from ._number import Measured, Seen
 from ._outcome import ACCEPTED, choose, CONVERGED, PROBING
 
 # How far from the iterate a probe is, in tolerances.
@@ -82,7 +82,7 @@ def _asks(
 
 def _confirms(
     old: Seen, seen: Seen, now: Measured, sampled: bool
-) -> tuple[Bool[Array, " 1"], Number]:
+) -> tuple[Bool[Array, " 1"], _tree.Number]:
     """Whether the error of the iterate before the probe is within the tolerance, and that error:
     as it was estimated there; where nothing was known of it, by the probe, which is a sample.
     """
@@ -102,7 +102,7 @@ def perturb(
     r: list,
     unit: list,
     now: Measured,
-    step: Number,
+    step: _tree.Number,
     packing: Packing,
 ) -> list:
     """What is evaluated next: where the code asks for a probe, a point beside the iterate `x`.

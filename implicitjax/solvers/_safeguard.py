@@ -7,13 +7,12 @@ import numpy as np
 from jax import Array, lax
 from jaxtyping import Bool, Float, Int
 
+from .._tree import cut, Number
+
 # A residual above so many times the least one is taken back.
 _GREW = 10.0
 # After so many plain steps in a row an extrapolation may go against the residual.
 _PLAIN = 100.0
-
-# A number, as an array of one entry: so they are cut from a vector, and put back, at once.
-Number = Float[Array, " 1"]
 
 
 class Safeguard(NamedTuple):
@@ -58,7 +57,7 @@ def check_step(
     are taken back show that plain iteration leads away, for the rest of the solve. It has stalled
     after `patience` steps without a lesser residual.
     """
-    guard = Safeguard(*lax.split(numbers, [1] * numbers.size))
+    guard = Safeguard(*cut(numbers))
     now, finite = residual[None], finite[None]
     none, half, one, two = (np.full(1, c, now.dtype) for c in (0, 0.5, 1, 2))
     back, better = ~(now <= _GREW * guard.best), now < guard.best
