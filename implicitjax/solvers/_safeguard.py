@@ -11,8 +11,9 @@ from .._tree import cut, Number
 
 # A residual above so many times the least one is taken back.
 _GREW = 10.0
-# After so many plain steps in a row an extrapolation may go against the residual.
-_PLAIN = 100.0
+# After so many plain steps in a row, and for so many steps, an extrapolation may go against the
+# residual.
+_PLAIN, _FREE = 100.0, 20.0
 
 
 class Safeguard(NamedTuple):
@@ -22,8 +23,8 @@ class Safeguard(NamedTuple):
     - `fraction`: the part of the residual that a step goes, halved by each step back.
     - `short`: the part of a step that is taken, halved where a value is not finite.
     - `plain`: how many plain steps in a row led here.
-    - `free`: 1 from where plain steps have led nowhere, and an extrapolation may go against the
-      residual; 0 before.
+    - `free`: for how many steps an extrapolation may go against the residual; infinite from where
+      plain steps have led away.
     - `backs`, `guarded`, `stalls`: how many steps were taken back, how many plain ones stood in the
       place of an extrapolation, and how often the solve stalled.
     """
@@ -71,7 +72,7 @@ def check_step(
         since=lax.select(stalled, none, since),
         fraction=jnp.minimum(fraction, one),
         short=jnp.minimum(short, one),
-        free=lax.select(led_away, one, guard.free),
+        free=lax.select(led_away, np.full(1, np.inf, now.dtype), guard.free),
         backs=guard.backs + back.astype(now.dtype),
         stalls=guard.stalls + stalled.astype(now.dtype),
     )
@@ -92,7 +93,7 @@ def choose_plain(
     row = lax.select(plain, guard.plain + 1, jnp.zeros_like(guard.plain))
     guard = guard._replace(
         plain=row,
-        free=lax.select(row >= _PLAIN, jnp.ones_like(row), guard.free),
+        free=lax.select(row >= _PLAIN, jnp.full_like(row, _FREE), jnp.maximum(guard.free - 1, 0)),
         guarded=guard.guarded + guarded.astype(row.dtype),
     )
     return lax.concatenate(guard, 0), lax.squeeze(plain, (0,))
