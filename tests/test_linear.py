@@ -129,6 +129,8 @@ def test_an_equation_without_unknowns_leaves_its_unknown_to_the_guess():
 def test_a_method_that_was_told_no_accuracy_takes_one(solver):
     looser = solver.within(0.1)
     assert looser.rtol == 0.1 and looser.within(0.2).rtol == 0.1
+    exact = ij.DenseLU()
+    assert exact.within(0.1) is exact
 
 
 @pytest.mark.parametrize(("n", "steps", "restart"), [(4, 40, 4), (200, 1000, 30)])
@@ -142,11 +144,13 @@ def test_krylov_methods_take_ten_steps_a_number_and_a_thousand_at_most(
             asked.update({name: k}) or method(A, b, **k)
         )
         monkeypatch.setattr(jax.scipy.sparse.linalg, name, spy)
-    for solver in (ij.GMRES(), ij.BiCGStab()):
+    limits = {"bicgstab": steps, "gmres": -(-steps // restart)}  # rounds of `restart` products
+    default = ij.AutoLinearSolver(dense_limit=1)
+    for name, solver in ("gmres", ij.GMRES()), ("bicgstab", ij.BiCGStab()), ("bicgstab", default):
         assert solver.solve(lambda v: [2 * v[0]], [jnp.ones(n)]).trusted
-    assert asked["bicgstab"]["maxiter"] == steps
-    assert asked["gmres"]["restart"] == restart
-    assert asked["gmres"]["maxiter"] == -(-steps // restart)  # rounds of `restart` products
+        options = asked.pop(name)
+        assert options["maxiter"] == limits[name]
+        assert options.get("restart", restart) == restart
 
 
 @pytest.mark.parametrize("k", [1, 5])
@@ -162,6 +166,14 @@ def test_so_many_terms_of_the_series_leave_a_power(k):
     assert not ended.trusted
     np.testing.assert_allclose(ended.residual, q**k, rtol=1e-14)
     assert ended.tolerance < ended.residual
+
+
+def test_terms_of_the_series_that_leave_nothing_are_trusted():
+    """They are the solution; and of a right-hand side of 0 the residual is no `0 / 0`."""
+    for b in (jnp.array([3.0, -4.0]), jnp.zeros(2)):
+        out = ij.Neumann(terms=1).solve(lambda v: v, [b])
+        assert out.trusted and out.residual == 0
+        np.testing.assert_array_equal(out.value[0], b)
 
 
 @pytest.mark.parametrize("size", [1e-6, 1e6])
@@ -181,6 +193,16 @@ def test_a_gauge_of_a_matrix_that_is_not_symmetric():
     out = ij.DenseLU().solve(lambda v: [jnp.asarray(A) @ v[0]], [jnp.asarray(b)])
     assert out.trusted
     np.testing.assert_allclose(A @ out.value[0], b, rtol=1e-12)
+
+
+@pytest.mark.parametrize(("off", "trusted"), [(1e-12, True), (1e-9, False)])
+def test_a_right_hand_side_that_is_off_along_a_gauge_is_not_trusted(off, trusted):
+    """The limit is `eps^(2/3)`, 3.7e-11 of the right-hand side; all residuals are far below that
+    of a system that was not solved.
+    """
+    A = jnp.array([[1.0, -1.0], [-1.0, 1.0]])
+    out = ij.DenseLU().solve(lambda v: [A @ v[0]], [jnp.array([1.0 + off, -1.0])])
+    assert out.residual < 0.1 * out.tolerance and out.trusted == trusted
 
 
 def test_a_gauge_beside_an_equation_that_is_nearly_lost_is_not_trusted():

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -13,7 +14,16 @@ from jax import Array
 
 import implicitjax as ij
 from implicitjax import _tree
-from implicitjax._loop import _number, _probe, _watch, check_answer, nothing_to_solve, Tolerances
+from implicitjax._loop import (
+    _number,
+    _probe,
+    _watch,
+    check_answer,
+    nothing_to_solve,
+    Settings,
+    Tolerances,
+)
+from implicitjax._loop._finish import finish
 from implicitjax._loop._number import Measured, Seen
 from implicitjax._loop._outcome import (
     ACCEPTED,
@@ -596,7 +606,7 @@ def test_a_leaf_is_quiet_whose_residual_is_down_to_roundoff():
         ones = list(map(jnp.ones_like, r))
         return bool(_probe.is_quiet(measured(9.0, 1.0), r, ones, layout)[0])
 
-    assert not quiet(4.1, -4.1) and quiet(3.9, 9.0) and quiet(9.0, -3.9) and quiet(9.0, np.nan)
+    assert not quiet(4.1, -4.1) and quiet(4.0, 9.0) and quiet(9.0, -3.9) and quiet(9.0, np.nan)
     one = lambda r: bool(_probe.is_quiet(measured(r, 1.0), [], [], whole(leaves[:1]))[0])
     assert not one(4.1) and one(4.0) and one(np.nan)
 
@@ -619,6 +629,24 @@ def test_the_answer_of_another_solver_is_held_to_the_larger_tolerance(residual, 
     outcome = check_answer(x0, fx0, x, nothing_to_solve(None), pair, ij.rms_norm)
     assert outcome.code == code
     np.testing.assert_allclose(outcome.numbers[2], 0.0 if code == CONVERGED else off)
+
+
+def test_numbers_that_are_not_finite_are_told_as_bounds():
+    """Of a largest sample 0 stands for none."""
+    bad = {"error": np.nan, "falls": np.nan, "most": np.inf}
+    state = SimpleNamespace(
+        seen=jnp.concatenate(looking_back(raw=np.inf, residual=np.inf, **bad)),
+        x=[jnp.ones(1)],
+        value=[jnp.ones(1)],
+        code=jnp.asarray(NONFINITE, jnp.int32),
+        step=jnp.asarray(3, jnp.int32),
+        best=None,
+        history=None,
+    )
+    settings = Settings(9, ij.rms_norm, True, False, False, None)
+    _, outcome = finish(state, tolerances(state.x), settings)
+    largest = np.finfo(np.float64).max
+    np.testing.assert_array_equal(outcome.numbers, [largest, largest, largest, 0.0, 0.0])
 
 
 def test_a_norm_that_drops_nan_does_not_hide_it():

@@ -215,5 +215,5 @@ def measure(norm: Callable[[list], Array], vectors: Sequence[list]) -> list[Numb
 
 def _alike(leaves: Sequence[Array]) -> list[Array]:
     """In one dtype: a vector of sizes is real also where the unknown is complex."""
-    dtype = next((leaf.dtype for leaf in leaves if jnp.iscomplexobj(leaf)), leaves[0].dtype)
+    dtype = max(leaves, key=jnp.iscomplexobj).dtype
     return [leaf.astype(dtype) for leaf in leaves]

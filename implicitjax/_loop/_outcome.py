@@ -19,7 +19,8 @@ class Outcome(eqx.Module):
     """How the loop ended: a few numbers, in as few arrays as that takes.
 
     - `numbers`: the residual norm and the estimated error in the units of the unknown, that error
-      in units of the tolerance, the factor of the last step, the largest sample of all.
+      in units of the tolerance, the factor of the last step, the largest sample of all. Of those
+      that are not finite the first three are the largest float, and the others 0.
     - `code`: one of the constants above that ends a solve but `ACCEPTED`.
     - `num_steps`, `num_evaluations`: steps of the solver, evaluations of the map.
     - `clamped`: whether a tolerance lay below what the dtype can reach.

@@ -93,7 +93,7 @@ class PrecisionAware(AbstractLinearSolver):
 
     def within(self, rtol: Any) -> "PrecisionAware":
         """The same method, which may stop at the relative error `rtol`, if its own is `None`."""
-        asked = getattr(self, "rtol", 0.0)  # a method without one is exact
+        asked = getattr(self, "rtol", "exact")
         return self if asked is not None else dataclasses.replace(self, rtol=rtol)
 
     def round_off(self, b: Vector) -> float:
