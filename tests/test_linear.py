@@ -133,6 +133,14 @@ def test_a_method_that_was_told_no_accuracy_takes_one(solver):
     assert exact.within(0.1) is exact
 
 
+@pytest.mark.parametrize(("epsilon", "digits"), [(None, EPS), (2.0**-7, 2.0**-7), (1e-20, EPS)])
+def test_the_round_off_of_products_is_at_least_that_of_the_dtype(epsilon, digits):
+    """It shows in what a factorisation trusts: a third of the digits must be left."""
+    solver = ij.DenseLU() if epsilon is None else ij.DenseLU().at_precision(epsilon)
+    out = solver.solve(lambda v: [2 * v[0]], [jnp.ones(3)])
+    np.testing.assert_allclose(out.tolerance, digits ** (1 / 3), rtol=1e-12)
+
+
 @pytest.mark.parametrize(("n", "steps", "restart"), [(4, 40, 4), (200, 1000, 30)])
 def test_krylov_methods_take_ten_steps_a_number_and_a_thousand_at_most(
     n, steps, restart, monkeypatch
@@ -151,6 +159,7 @@ def test_krylov_methods_take_ten_steps_a_number_and_a_thousand_at_most(
         options = asked.pop(name)
         assert options["maxiter"] == limits[name]
         assert options.get("restart", restart) == restart
+        assert options["tol"] == EPS ** (2 / 3)
 
 
 @pytest.mark.parametrize("k", [1, 5])

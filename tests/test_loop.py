@@ -38,6 +38,7 @@ from implicitjax._loop._outcome import (
 from implicitjax._loop._units import normalise
 from implicitjax._packing import packing, whole
 from implicitjax._solution import RESULT_NAMES
+from implicitjax._tree import SMALL
 
 EPS = float(np.finfo(np.float64).eps)
 DTYPES = [np.float64, np.float32]
@@ -372,6 +373,13 @@ def test_the_norms_of_several_vectors_are_those_of_each():
     norms = _number.measure(ij.rms_norm, vectors)
     assert [n.shape for n in norms] == [(1,)] * 3
     np.testing.assert_allclose([n[0] for n in norms], [rms(a), rms(b), rms(sizes)], rtol=1e-14)
+
+
+def test_a_large_leaf_is_not_copied_to_be_measured():
+    vector = [jnp.zeros(1), jnp.zeros(SMALL)]
+    measure = lambda *vectors: _number.measure(ij.rms_norm, vectors)
+    jaxpr = jax.make_jaxpr(measure)(vector, vector)
+    assert all(v.aval.size <= SMALL for eqn in jaxpr.eqns for v in eqn.outvars)
 
 
 def test_a_norm_that_overflows_is_the_largest_number_and_nan_stays():

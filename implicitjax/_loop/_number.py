@@ -205,11 +205,11 @@ def measure(norm: Callable[[list], Array], vectors: Sequence[list]) -> list[Numb
     """The norms of several vectors: of small ones by one reduction, of large ones one by one, since
     to stack them would copy them.
     """
-    if any(leaf.size >= SMALL for leaf in vectors[0]):
+    rows = list(zip(*vectors, strict=True))
+    if any(leaf.size >= SMALL for leaf, *_ in rows):
         norms = jnp.stack([norm(vector) for vector in vectors])
     else:
-        rows = [jnp.stack(_alike(leaves)) for leaves in zip(*vectors, strict=True)]
-        norms = jax.vmap(norm)(rows)
+        norms = jax.vmap(norm)([jnp.stack(_alike(leaves)) for leaves in rows])
     return cut(jnp.minimum(norms, float(jnp.finfo(norms.dtype).max)))
 
 
