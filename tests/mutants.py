@@ -48,6 +48,7 @@ LINEAR = (
     "test_linear::test_a_method_that_was_told_no_accuracy_takes_one",
     "test_linear::test_the_round_off_of_products_is_at_least_that_of_the_dtype",
     "test_linear::test_so_many_terms_of_the_series_leave_a_power",
+    "test_linear::test_what_was_not_learned_of_the_amplification_counts_as_the_worst",
     "test_linear::test_the_series_is_summed_until_little_of_the_right_hand_side_is_left",
     "test_linear::test_krylov_methods_take_ten_steps_a_number_and_a_thousand_at_most",
     "test_linear::test_of_a_multiple_of_the_identity_the_condition_is_small",

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import implicitjax as ij
+from implicitjax.linear import _bounded
 
 EPS = float(np.finfo(np.float64).eps)
 SOLVERS = [ij.AutoLinearSolver(), ij.DenseLU(), ij.GMRES(), ij.BiCGStab(), ij.Neumann()]
@@ -315,6 +316,35 @@ def test_a_mode_that_repels_slowly_costs_no_detour():
     np.testing.assert_allclose(out.value[0], np.linalg.solve(A, b), rtol=1e-9)
     assert out.trusted
     assert len(products) <= 16
+
+
+@pytest.mark.parametrize(
+    ("solved", "residual", "sample", "most"),
+    [
+        (True, 0.02, 50.0, 50.0),
+        (False, 0.5, 50.0, 500.0),  # not solved for
+        (False, 1.5, 50.0, np.inf),  # nothing was learned
+        (True, 0.02, 1e6, 0.0),  # a gauge freedom: an eighth of the inverse round-off
+        (False, 1.5, 1e6, 0.0),
+    ],
+)
+def test_what_was_not_learned_of_the_amplification_counts_as_the_worst(
+    solved, residual, sample, most, monkeypatch
+):
+    """In what is told of the attempts: of a random right-hand side, of that of the system, and once
+    more after another method has taken over, which is trusted here.
+    """
+
+    def attempt(A, b, start, epsilon, rtol, max_steps, known, part, may_hide):
+        random, taken_over = jnp.isinf(may_hide), start[0][0] == 7
+        trusted, left = jnp.where(random, solved, taken_over), jnp.where(random, residual, 0.5)
+        told = ij.LinearSolution(start, left, rtol, known, trusted)
+        return told, jnp.where(random, sample, known)
+
+    monkeypatch.setattr(_bounded, "_attempt", attempt)
+    b, take_over = [jnp.ones(2)], lambda start: [leaf + 6 for leaf in start]
+    out = _bounded.bounded(lambda v: v, b, b, 2.0**-23, None, 9, take_over)
+    assert out.trusted and out.condition == most
 
 
 @pytest.mark.parametrize("jacobian", [jax.jacfwd, jax.jacrev])
