@@ -323,6 +323,7 @@ HANDS_ON = {
     "where by a sum": (lambda k: jnp.where(k.sum() > 0.7, k, jnp.sin(k)), 0),
     "set": (lambda k: k.at[:3].set(0.5 * k[1:4]), 5),
     "added": (lambda k: k.at[:3].add(0.5 * k[1:4]), 5),
+    "gathered": (lambda k: k[jnp.array([0, 1, 2, 3, 3, 3, 3, 7])], 5),
     "rolled": (lambda k: jnp.roll(k, 1), 0),
     "turned twice": (lambda k: jnp.where(EIGHT, k[::-1][::-1], 0.0), 4),
     "padded": (lambda k: jnp.pad(k[1:-1], 1), 6),
@@ -381,6 +382,12 @@ MOVES = {
     "another type": (lambda p: p.astype(jnp.float32).astype(jnp.float64), False),
     "a rule that says so": (lambda p: ruled(1.0)(p), True),
     "a rule that says twice": (lambda p: ruled(2.0)(p), False),
+    "a reverse rule that says so": (lambda p: ruled_in_reverse(lambda g: g)(p, 2 * p), True),
+    "a reverse rule that says twice": (
+        lambda p: ruled_in_reverse(lambda g: 2 * g)(p, 2 * p),
+        False,
+    ),
+    "a reverse rule that says more": (lambda p: ruled_in_reverse(lambda g: g, 1)(p, 2 * p), False),
 }
 
 
@@ -388,6 +395,15 @@ def ruled(slope):
     """The identity, of which a rule of its own says that this is its derivative."""
     same = jax.custom_jvp(lambda p: p)
     same.defjvp(lambda p, p_dot: (p[0], p_dot[0] if slope == 1 else slope * p_dot[0]))
+    return same
+
+
+def ruled_in_reverse(own, of_other=0):
+    """The same for the cotangent, and that of an operand that the value does not hold."""
+    same = jax.custom_vjp(lambda p, other: p)
+    same.defvjp(
+        lambda p, other: (p, None), lambda _, g: (own(g), g if of_other else jnp.zeros_like(g))
+    )
     return same
 
 
