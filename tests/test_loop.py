@@ -650,6 +650,7 @@ def test_numbers_that_are_not_finite_are_told_as_bounds():
         step=jnp.asarray(3, jnp.int32),
         best=None,
         history=None,
+        tried=None,
     )
     settings = Settings(9, ij.rms_norm, True, False, False, None)
     _, outcome = finish(state, tolerances(state.x), settings)
