@@ -40,7 +40,7 @@ class Diagnosis:
     matrix, `"about"`, `"at least"`, `"at most"`, or `"roughly"` where the products with `J` did not
     suffice. With `J = df/dx` over the leaves that feed back, complex numbers counted as two reals:
 
-    - `unknowns`: how many reals feed back.
+    - `unknowns`: how many reals feed back, without the entries that are carried.
     - `leaves`: for each leaf that feeds back, the worst residual first: its `path`, its `residual`,
       that `relative` to the size of the leaf and in default `tolerances`, and whether `value` and
       derivatives `dx`, `dtheta` are finite.
@@ -83,7 +83,8 @@ class Diagnosis:
     def _lines(self) -> Iterator[str]:
         if self.leaves:
             what = "g(x) = 0, as x = f(x) with f(x) = x - s g(x)," if self.root else "x = f(x)"
-            yield f"{what} in {number(self.unknowns)} unknown reals; worst residual first"
+            count = f"{number(self.unknowns)} unknown real{'s' * (self.unknowns != 1)}"
+            yield f"{what} in {count}; worst residual first"
             yield from _table(self.leaves[:_ROWS])
             if len(self.leaves) > _ROWS:
                 yield f"and {len(self.leaves) - _ROWS} more leaves, with smaller residuals"

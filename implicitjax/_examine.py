@@ -47,9 +47,13 @@ def examine(problem: Problem, at: list, structure: Callable[[list], Structure]) 
             course = _course(J, residual, unit, spectrum, roundoff, products)
     picard = _spectrum.picard_steps(spectrum.radius.value, course.error.value)
     dtype = max((leaf.dtype for leaf in here.x), key=lambda d: float(jnp.finfo(d).eps))
+    table = structure(at)
+    mixed = [leaf for leaf in table.leaves if leaf.handed_on]
+    complexes = [np.issubdtype(leaf.dtype, np.complexfloating) for leaf in mixed]
+    carried = sum(leaf.handed_on * (1 + c) for leaf, c in zip(mixed, complexes, strict=True))
     figures = Figures(nonfinite, leaves, spectrum, course, picard, roundoff, str(dtype))
     return Diagnosis(
-        unknowns=products.size,
+        unknowns=products.size - carried,
         leaves=leaves,
         nonfinite=nonfinite,
         spectral_radius=spectrum.radius,
@@ -60,7 +64,7 @@ def examine(problem: Problem, at: list, structure: Callable[[list], Structure]) 
         anderson_steps=course.anderson_steps,
         missing=tuple(missing),
         advice=tuple(advise(figures)),
-        structure=structure(at),
+        structure=table,
         root=problem.root,
     )
 

@@ -178,6 +178,7 @@ def test_a_state_of_many_kinds_of_leaves():
     d = ij.diagnose(state, guess)
     # Of the grid the two inner points are unknown: rows of [[0, 1/2], [1/2, 0]].
     np.testing.assert_allclose(d.spectral_radius.value, 0.5, rtol=1e-6)
+    assert d.unknowns == 2 + 2 + 2
     by_path = {leaf.path: leaf for leaf in d.leaves}
     assert set(by_path) == {"x0['fine']", "x0['coarse']", "x0['grid']"}
     np.testing.assert_allclose(by_path["x0['fine']"].residual, 1.5)
@@ -226,6 +227,12 @@ def test_maps_that_lack_a_derivative():
     assert "no derivative" in blind.advice[0]
 
 
+def test_of_complex_entries_that_are_carried_none_is_unknown():
+    f = lambda u: u.at[1:-1].set(0.25 * (u[2:] + u[:-2]))
+    d = ij.diagnose(f, jnp.ones(5, complex))
+    assert d.unknowns == 6 and str(d).startswith("x = f(x) in 6 unknown reals;")
+
+
 def test_nothing_feeds_back():
     d = ij.diagnose(lambda x: (jnp.zeros_like(x), "aux"), jnp.ones(3), has_aux=True)
     assert d.unknowns == 0 and d.leaves == ()
@@ -237,7 +244,7 @@ def test_a_root():
     d = ij.diagnose(lambda x: x**3 - 8.0, 2.0, root=True)
     np.testing.assert_allclose(d.smallest_singular_value.value, 1.0, rtol=1e-6)
     assert d.advice[0].startswith("x is a solution")
-    head = "g(x) = 0, as x = f(x) with f(x) = x - s g(x), in 1 unknown reals; worst residual first"
+    head = "g(x) = 0, as x = f(x) with f(x) = x - s g(x), in 1 unknown real; worst residual first"
     assert d.root and str(d).splitlines()[0] == head
 
 
