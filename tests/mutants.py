@@ -67,6 +67,7 @@ LINEAR = (
     "test_linear::test_a_gauge_beside_an_equation_that_is_nearly_lost_is_not_trusted",
     "test_linear::test_a_gauge_of_a_matrix_that_is_not_symmetric",
     "test_linear::test_a_right_hand_side_that_is_off_along_a_gauge_is_not_trusted",
+    "test_linear::test_what_an_inconsistent_system_leaves_is_told_beside_its_right_hand_side",
     "test_linear::test_terms_of_the_series_that_leave_nothing_are_trusted",
     "test_linear::test_a_mode_that_repels_slowly_costs_no_detour",
 )

@@ -54,6 +54,14 @@ def test_a_singular_and_inconsistent_system_is_not_trusted(solver):
     assert not out.trusted
 
 
+@pytest.mark.parametrize("size", [1e-3, 8.0])
+def test_what_an_inconsistent_system_leaves_is_told_beside_its_right_hand_side(size):
+    """No `A u` holds anything of `(1, 1) / sqrt(2)`, along which `(1, 0)` has that part."""
+    A = jnp.array([[1.0, -1.0], [-1.0, 1.0]])
+    out = ij.DenseLU().solve(lambda v: [A @ v[0]], [size * jnp.array([1.0, 0.0])])
+    np.testing.assert_allclose(out.residual, np.sqrt(0.5), rtol=1e-12)
+
+
 @pytest.mark.parametrize("solver", [ij.DenseLU(), ij.GMRES()], ids=repr)
 def test_a_singular_but_consistent_system_is_solved(solver):
     A = jnp.array([[1.0, -1.0], [-1.0, 1.0]])
