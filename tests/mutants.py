@@ -381,8 +381,11 @@ def table(chosen: Sequence[Mutant], results: dict[str, str | None]) -> int:
     stale = EQUIVALENT.keys() - {(m.file, m.new_line) for file in files for m in mutants(file)}
     for file, line in stale:
         print(f"{file}: no mutant is {line}")
-    killed = known - survivors
-    print(f"{known} mutants, {killed} killed, {survivors} survive, {unexplained} without a reason")
+    part = (known - survivors) / max(known, 1)
+    print(
+        f"{known} mutants, {known - survivors} killed ({part:.1%}), {survivors} survive, "
+        f"{unexplained} without a reason"
+    )
     return unexplained + len(stale)
 
 
