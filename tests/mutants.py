@@ -143,7 +143,7 @@ EQUIVALENT: dict[tuple[str, str], str] = {
     (
         "linear/_bounded.py",
         "trusted=(outcome.code == CONVERGED) & ((hidden < may_hide * size_u)),",
-    ): "Nor is what it may hide.",
+    ): "What a residual may hide is never this number to the last digit.",
     (
         "linear/_bounded.py",
         "max_steps, _tree.rms_norm, early_stop=True, keep_best=False, history=True, progress=None",
