@@ -516,6 +516,13 @@ def test_a_solve_that_comes_back_to_a_solution_looks_elsewhere(solver):
     np.testing.assert_allclose(solution.value, 1.0, rtol=1e-10)
 
 
+def test_a_history_has_no_residual_of_a_probe():
+    f = lambda x: 1 + 0.5 * (x - 1)
+    stats = ij.implicit_fixed_point(f, 1.0, max_steps=3, history=True).stats
+    assert stats.num_steps == 0 and stats.num_evaluations == 2  # the guess is the solution
+    np.testing.assert_array_equal(stats.residual_history, np.zeros(4))
+
+
 @pytest.mark.usefixtures("x32")
 def test_a_solve_goes_on_from_a_probe_that_one_leaf_did_not_show():
     """By chance the residual of a leaf may vanish there too. Newton's method is then down to

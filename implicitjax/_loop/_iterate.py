@@ -247,7 +247,7 @@ def _judge(
         row = lax.select(old.code == PROBING, jnp.zeros_like(row), row)  # a probe is no iterate
         history = history.at[new.step].set(row)
     if callable(settings.progress):
-        jax.debug.callback(settings.progress, new.step, seen.error[0])
+        jax.debug.callback(settings.progress, new.step, lax.squeeze(seen.error, (0,)))
     accepted, probing = code == ACCEPTED, code == PROBING
     return new._replace(
         x=_tree.where(accepted, old.x, new.x),
