@@ -516,6 +516,24 @@ def test_a_solve_that_comes_back_to_a_solution_looks_elsewhere(solver):
     np.testing.assert_allclose(solution.value, 1.0, rtol=1e-10)
 
 
+def test_newton_on_a_slow_map_is_held_to_its_error():
+    """Near `sqrt(2)` the residual is 350 times less than the error. At the second iterate, 17/12,
+    it is below a tenth of the tolerance, and the error is 25 tolerances.
+    """
+    f = lambda x: x + 0.001 * (2 - x**2)
+    value = ij.implicit_fixed_point(f, 1.0, solver=ij.Newton(), rtol=0.0, atol=1e-4).value
+    np.testing.assert_allclose(value, np.sqrt(2), rtol=0, atol=1e-4)
+
+
+def test_a_solve_that_failed_returns_the_iterate_with_the_least_residual():
+    """Of `3 - 2 x` from 1.25 each residual is twice the last; the first is -0.75."""
+    f = lambda x: 3 - 2 * x
+    keywords: dict[str, Any] = {"solver": ij.Picard(), "on_failure": "return", "max_steps": 3}
+    solution = ij.implicit_fixed_point(f, 1.25, **keywords)
+    assert not solution.converged and solution.value == 1.25
+    assert solution.stats.residual_norm == 0.75
+
+
 def test_a_history_has_no_residual_of_a_probe():
     f = lambda x: 1 + 0.5 * (x - 1)
     stats = ij.implicit_fixed_point(f, 1.0, max_steps=3, history=True).stats
