@@ -140,8 +140,7 @@ def iterate(
         return judge(move(evaluate(s)), s)
 
     def judge(new: State, old: State) -> State:
-        new = _judge(new, old, solver, tolerances, settings)
-        return new if new.told is None else tell(new, new.told, old)
+        return _judge(new, old, solver, tolerances, settings)
 
     def tell(new: State, told: progress.Told, old: State) -> State:
         was_running = running(old)
@@ -168,11 +167,21 @@ def iterate(
     def running(s: State) -> Bool[Array, ""]:
         return (s.code <= RUNNING) & unfinished(s)
 
+    def until_told(s: State) -> State:
+        if s.told is None:
+            return body(s)
+        wanted = s.told[1]  # the step at which the host is called next
+        new = lax.while_loop(lambda t: running(t) & (t.step < wanted), body, s)
+        return tell(new, s.told, s)
+
+    def one_step(s: State) -> State:
+        return body(s) if s.told is None else tell(body(s), s.told, s)
+
     state = _start(x0, solver, tolerances, settings, known)
     if settings.early_stop:
-        state = lax.while_loop(running, body, state)
+        state = lax.while_loop(running, until_told, state)
     else:
-        once = lambda s, _: (lax.cond(running(s), body, lambda s: s, s), None)
+        once = lambda s, _: (lax.cond(running(s), one_step, lambda s: s, s), None)
         rounds = settings.max_steps + 2  # the guess, the steps, and a probe
         state, _ = lax.scan(once, state, length=rounds)
     return finish(state, tolerances, settings)
