@@ -17,6 +17,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 from jaxtyping import Bool, Float, PyTree
 
@@ -25,6 +26,7 @@ SMALL = 4096
 
 # A number, as an array of one entry: so they are cut from a vector, and put back, at once.
 Number = Float[Array, " 1"]
+Numbers = tuple[Float[Array, " _"], ...]
 
 
 def accumulation_dtype(*trees: PyTree) -> Any:
@@ -59,9 +61,23 @@ def sub(x: PyTree, y: PyTree) -> PyTree:
     return jax.tree.map(lambda xi, yi: xi - yi, x, y)
 
 
-def cut(numbers: Float[Array, " numbers"]) -> list[Number]:
-    """The numbers one by one."""
-    return list(lax.split(numbers, [1] * numbers.size))
+def cut(*vectors: Float[Array, " _"]) -> list[Number]:
+    """The numbers in the vectors, one by one."""
+    return [n for vector in vectors for n in lax.split(vector, [1] * vector.size)]
+
+
+def join(numbers: Sequence[Number | np.ndarray]) -> Numbers:
+    """The numbers in vectors of at most six; of constants a constant.
+
+    XLA's CPU backend makes one kernel of so short a concatenation and all that goes into it, and of
+    a longer one (from nine on) a kernel for each number.
+    """
+    parts = [numbers[i : i + 6] for i in range(0, len(numbers), 6)]
+    constant = lambda part: all(isinstance(n, np.ndarray) for n in part)
+    return tuple(
+        jnp.asarray(np.concatenate(part)) if constant(part) else lax.concatenate(part, 0)
+        for part in parts
+    )
 
 
 def where(condition: Bool[Array, ""], x: PyTree, y: PyTree) -> PyTree:

@@ -40,6 +40,8 @@ from implicitjax._packing import packing, whole
 from implicitjax._solution import RESULT_NAMES
 from implicitjax._tree import SMALL
 
+from .test_budget import equations
+
 EPS = float(np.finfo(np.float64).eps)
 DTYPES = [np.float64, np.float32]
 
@@ -49,7 +51,7 @@ def number(value: Any, dtype: Any = np.float64) -> Any:
 
 
 def nothing(dtype: Any = np.float64) -> Seen:
-    return Seen(*_tree.cut(_number.nothing_seen(jnp.dtype(dtype))))
+    return Seen(*_tree.cut(*_number.nothing_seen(jnp.dtype(dtype))))
 
 
 def measured(residual=0.0, roundoff=0.0, raw=0.0, dx=0.0, dr=0.0) -> Measured:
@@ -311,10 +313,8 @@ def test_converged_is_an_error_of_one_and_a_residual_of_a_tenth(
     [(0.01, 0.0, True), (0.011, 0.0, False), (0.01, 0.125, True), (0.5, 0.125, True)],
 )
 def test_a_caller_may_ask_for_less_than_a_tenth(residual, roundoff, expected):
-    numbers = _number.with_known(
-        _number.nothing_seen(jnp.dtype(np.float64)), jnp.asarray(3.0), jnp.asarray(0.01)
-    )
-    seen = Seen(*_tree.cut(numbers))
+    numbers = _number.nothing_seen(jnp.dtype(np.float64), most=number(3.0), part=number(0.01))
+    seen = Seen(*_tree.cut(*numbers))
     assert seen.most[0] == 3
     within = _number.within(seen, number(1.0), number(residual), number(roundoff))
     assert bool(within[0]) is expected
@@ -668,7 +668,7 @@ def test_numbers_that_are_not_finite_are_told_as_bounds():
     """Of a largest sample 0 stands for none."""
     bad = {"error": np.nan, "falls": np.nan, "most": np.inf}
     state = SimpleNamespace(
-        seen=jnp.concatenate(looking_back(raw=np.inf, residual=np.inf, **bad)),
+        seen=_tree.join(looking_back(raw=np.inf, residual=np.inf, **bad)),
         x=[jnp.ones(1)],
         value=[jnp.ones(1)],
         code=jnp.asarray(NONFINITE, jnp.int32),
@@ -838,3 +838,47 @@ def test_each_code_has_its_result():
         assert found == result and str(found) == str(result)
         assert getattr(ij.Result, RESULT_NAMES[code - CONVERGED]) == result
     assert len(RESULT_NAMES) == len(results)
+
+
+# Lanes that end one after another.
+
+RATES = np.asarray([[0.1, 0.9, 0.5], [0.99, 0.3, 0.7]])
+
+
+def lanes_of(solver: ij.AbstractSolver) -> Any:
+    f = lambda x, q: 1 + q * jnp.tanh(x[::-1] * jnp.asarray([1.0, 0.5, 0.25, 2.0, 1.0]))
+    return lambda q: ij.implicit_fixed_point(f, jnp.zeros(5), q, solver=solver, rtol=1e-10)
+
+
+@pytest.mark.parametrize(
+    "solver",
+    [ij.Anderson(), ij.Anderson(memory=2), ij.Broyden(), ij.Squarem(), ij.Newton(), ij.Picard()],
+    ids=lambda s: f"{type(s).__name__}{getattr(s, 'memory', '')}",
+)
+def test_lanes_end_one_after_another_each_as_it_would_alone(solver):
+    solve = lanes_of(solver)
+    nested, one_axis = jax.vmap(jax.vmap(solve)), jax.vmap(solve)
+    found, flat = jax.jit(nested)(RATES), one_axis(RATES.reshape(-1))
+    alone = [[solve(q) for q in row] for row in RATES]
+    steps = np.asarray([[one.stats.num_steps for one in row] for row in alone])
+    assert len(set(steps.ravel().tolist())) > 1  # they end at different steps
+    np.testing.assert_array_equal(found.stats.num_steps, steps)
+    values = np.asarray([[one.value for one in row] for row in alone])
+    np.testing.assert_allclose(found.value, values, rtol=1e-10)
+    np.testing.assert_array_equal(flat.value, np.asarray(found.value).reshape(flat.value.shape))
+
+
+def test_the_window_of_a_lane_that_has_ended_is_left_to_itself():
+    solve = lanes_of(ij.Anderson(memory=4))
+    jaxpr = jax.make_jaxpr(jax.vmap(solve))(RATES.reshape(-1)).jaxpr
+    windows = [e for e in equations(jaxpr) if e.outvars[0].aval.shape == (6, 4, 5)]
+    assert windows and not any(e.primitive.name == "select_n" for e in windows)
+
+
+def test_numbers_are_joined_in_sixes_and_cut_again():
+    numbers = [number(i) for i in range(8)]
+    vectors = _tree.join(numbers)
+    assert [v.shape for v in vectors] == [(6,), (2,)]
+    np.testing.assert_array_equal(np.ravel(_tree.cut(*vectors)), range(8))
+    constants = jax.make_jaxpr(lambda: _tree.join([np.zeros(1)] * 8))()
+    assert not constants.eqns

@@ -25,7 +25,7 @@ from ._units import normalise, Tolerances
 
 def finish(state: Any, tolerances: Tolerances, settings: Any) -> tuple[list, Outcome]:
     """The iterate that is returned, and how the loop ended."""
-    seen, x, fx = Seen(*_tree.cut(state.seen)), state.x, state.value
+    seen, x, fx = Seen(*_tree.cut(*state.seen)), state.x, state.value
     probed = state.code == ACCEPTED
     code = choose(probed, CONVERGED, state.code)
     code = choose(code <= RUNNING, MAX_STEPS, code)

@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Int
 
 from .. import _tree, progress
 from ..solvers._base import AbstractSolver
-from . import _number, _watch
+from . import _lanes, _number, _watch
 from ._finish import finish
 from ._number import Measured, Seen
 from ._outcome import (
@@ -77,7 +77,7 @@ class State(NamedTuple):
     - `step`: the steps that led to `x`, -1 before the first evaluation.
     - `look_at`: the step at which the iterate is judged next.
     - `code`: `RUNNING`, or why the loop ends.
-    - `seen`: what the residuals have shown, the numbers of a `Seen`.
+    - `seen`: what the residuals have shown, the numbers of a `Seen`, joined.
     - `reference`: of a steady method the iterate at the last power of two steps, or `None`.
     - `best`: the iterate with the least residual, its value and that, or `None`.
     - `history`: the residuals of every leaf by step, or `None`.
@@ -92,7 +92,7 @@ class State(NamedTuple):
     step: Int[Array, ""]
     look_at: Int[Array, ""]
     code: Int[Array, ""]
-    seen: Float[Array, " numbers"]
+    seen: _tree.Numbers
     reference: list | None
     best: tuple | None
     history: Array | None
@@ -155,7 +155,7 @@ def iterate(
             ended = choose((code == CONVERGED) | probed, progress.CONVERGED, progress.FAILED)
             state = choose(goes_on, progress.GOES_ON, ended)
             stands = jnp.stack([state, step - probed.astype(jnp.int32)])
-            return stands, Seen(*_tree.cut(seen)).error[0]
+            return stands, Seen(*_tree.cut(*seen)).error[0]
 
         told = progress.tell(told, new.step, now, was_running, goes_on)
         return new._replace(told=told[:2], step=told[2])
@@ -168,8 +168,7 @@ def iterate(
         return (s.code <= RUNNING) & unfinished(s)
 
     def until_told(s: State) -> State:
-        if s.told is None:
-            return body(s)
+        assert s.told is not None
         wanted = s.told[1]  # the step at which the host is called next
         new = lax.while_loop(lambda t: running(t) & (t.step < wanted), body, s)
         return tell(new, s.told, s)
@@ -178,7 +177,9 @@ def iterate(
         return body(s) if s.told is None else tell(body(s), s.told, s)
 
     state = _start(x0, solver, tolerances, settings, known)
-    if settings.early_stop:
+    if settings.early_stop and state.told is None:
+        state = _lanes.while_loop(running, body, state, free=("memory",))
+    elif settings.early_stop:
         state = lax.while_loop(running, until_told, state)
     else:
         once = lambda s, _: (lax.cond(running(s), one_step, lambda s: s, s), None)
@@ -197,7 +198,8 @@ def _start(
     """The state before the first evaluation."""
     x, fx = (x0, x0) if known is None else (known.x, known.fx)
     dtype, step = _tree.accumulation_dtype(x0), jnp.full((), -1, jnp.int32)
-    memory, history, seen = solver.init(x0), None, _number.nothing_seen(dtype)
+    memory, history = solver.init(x0), None
+    numbers = {} if known is None else {"most": known.most[None], "part": known.part[None]}
     if settings.history:
         history = jnp.zeros((settings.max_steps + 1, len(tolerances.epsilons)), dtype)
     return State(
@@ -208,7 +210,7 @@ def _start(
         step=step,
         look_at=jnp.zeros((), jnp.int32),
         code=jnp.full((), RUNNING, jnp.int32),
-        seen=seen if known is None else _number.with_known(seen, known.most, known.part),
+        seen=_number.nothing_seen(dtype, **numbers),
         reference=x0 if solver.steady else None,
         best=(x0, x0, jnp.full((1,), jnp.inf, dtype)) if settings.keep_best else None,
         history=history,
@@ -236,11 +238,11 @@ def _judge(
     residual, roundoff, raw, dx = norms[:4]
     now, sampled = Measured(residual, roundoff, raw, dx, norms[-1]), not solver.steady
     quiet = is_quiet(now, vectors[0], vectors[1], tolerances.packing)
-    before = Seen(*_tree.cut(old.seen))
+    before = Seen(*_tree.cut(*old.seen))
     seen = _number.see(before, new.step, now, sampled)
     code = _decide(seen, now, solver)
     code, seen = settle(old.code == PROBING, code, quiet, before, seen, now, sampled)
-    numbers = lax.concatenate(seen, 0)
+    numbers = _tree.join(seen)
     if solver.takes_back:  # a value that is not finite shows nothing
         numbers = _tree.where(lax.squeeze(jnp.isnan(residual), (0,)), old.seen, numbers)
     reference, best, history = new.reference, old.best, new.history

@@ -19,10 +19,11 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Int
 
-from .._tree import cut, Number, SMALL
+from .._tree import cut, join, Number, Numbers, SMALL
 
 # The residual must be within this part of the tolerance, or less where a caller asks it, or down
 # to round-off.
@@ -88,20 +89,12 @@ class Seen(NamedTuple):
     part: Number
 
 
-def nothing_seen(dtype: jnp.dtype) -> Float[Array, " numbers"]:
-    """Before the first evaluation, which is step 0."""
+def nothing_seen(dtype: jnp.dtype, **known: Number) -> Numbers:
+    """The numbers of a `Seen` before the first evaluation, which is step 0; some are `known`."""
     zero = ("at", "mark_at", "earlier_at", "sample", "before", "most", "best_at", "first")
-    start = [0.0 if name in zero else float("inf") for name in Seen._fields[:-1]]
-    return jnp.asarray([*start, PART], dtype)
-
-
-def with_known(
-    numbers: Float[Array, " numbers"], most: Float[Array, ""], part: Float[Array, ""]
-) -> Float[Array, " numbers"]:
-    """The same numbers, where an earlier solve of the same system has shown the largest sample, and
-    by it what part of the tolerance the residual must be within.
-    """
-    return numbers.at[Seen._fields.index("most")].set(most).at[-1].set(part)
+    start: dict[str, float] = {"part": PART} | dict.fromkeys(zero, 0.0)
+    constant = lambda name: np.full(1, start.get(name, np.inf), dtype)
+    return join([known[name] if name in known else constant(name) for name in Seen._fields])
 
 
 def see(seen: Seen, step: Int[Array, ""], now: Measured, sampled: bool) -> Seen:

@@ -112,12 +112,16 @@ def perturb(
     chance the residual of a leaf may vanish there. So each leaf goes farther or less far, by the
     step: a solve that comes back to the same iterate does not look at the same point again.
     """
-    shown = now.residual > 0  # the norm may be 0 where `r`, computed once more, is not
-    stretch = lax.squeeze(lax.select(shown, _DISTANCE / now.residual, jnp.zeros_like(now.dx)), (0,))
-    farthest = 2 * _DISTANCE * _tree.size(x) ** 0.5  # twice what one entry can be of that
-    ways = packing.spread([float(k) for k in range(len(packing.order))])
 
-    def perturbed(ahead: Array, xi: Array, ri: Array, ui: Array, way: Any) -> Array:
+    def probe(ahead: list) -> list:
+        shown = now.residual > 0  # the norm may be 0 where `r`, computed once more, is not
+        stretch = lax.select(shown, _DISTANCE / now.residual, jnp.zeros_like(now.dx))
+        farthest = 2 * _DISTANCE * _tree.size(x) ** 0.5  # twice what one entry can be of that
+        ways = packing.spread([float(k) for k in range(len(packing.order))])
+        vectors = zip(x, r, unit, ways, strict=True)
+        return [beside(*v, lax.squeeze(stretch, (0,)), farthest) for v in vectors]
+
+    def beside(xi: Array, ri: Array, ui: Array, way: Any, stretch: Array, farthest: float) -> Array:
         along = _tree.widen(ri, ui.dtype)
         still = (_DISTANCE * ui).astype(along.dtype)
         still = lax.select(xi == 0, still, -still * jnp.sign(xi).astype(along.dtype))
@@ -127,6 +131,6 @@ def perturb(
         if np.any(way):  # the first leaf, and from a guess, as it is
             part = 1 + jnp.sin(lax.squeeze(step, (0,)) * jnp.asarray(way, step.dtype)) / 2
             moved = moved * part.astype(moved.dtype)
-        return lax.select(probing, xi + moved.astype(xi.dtype), ahead)
+        return xi + moved.astype(xi.dtype)
 
-    return list(map(perturbed, ahead, x, r, unit, ways))
+    return lax.cond(probing, probe, lambda ahead: ahead, ahead)

@@ -3,7 +3,9 @@
 from typing import ClassVar
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 from jaxtyping import Bool, Float, Int
 
@@ -11,7 +13,7 @@ from .. import _tree
 from .._check import damping_factor, positive_int_or_none
 from ._base import Iterate, LeafAware, Map
 from ._safeguard import check_step, choose_plain, counts, unguarded
-from ._scale import combine, length, sizes
+from ._scale import combine, constant_length, length, sizes
 
 # Columns at the most: of up to so many unknowns, and of more.
 _COLUMNS, _LARGE, _FEWER = 20, 10**5, 10
@@ -37,7 +39,8 @@ class AndersonState(eqx.Module):
     - `active`: which of the `m` columns are in use.
     - `left`: the length of `r - V g` at the last iterate, infinite where little is known of it;
       and after a plain step; `None` beside `S`.
-    - `guard`: which steps are plain, and which are taken back, the numbers of a `Safeguard`.
+    - `guard`: which steps are plain, and which are taken back, the numbers of a `Safeguard`,
+      joined.
     """
 
     count: Int[Array, ""]
@@ -49,7 +52,7 @@ class AndersonState(eqx.Module):
     S: Float[Array, "m m"] | None
     active: Bool[Array, " m"]
     left: Float[Array, ""] | None
-    guard: Float[Array, " numbers"]
+    guard: _tree.Numbers
 
 
 class Anderson(LeafAware):
@@ -125,11 +128,11 @@ class Anderson(LeafAware):
         unknowns = sum(xi.size * (2 if jnp.iscomplexobj(xi) else 1) for xi in x)
         most = self.memory or (_COLUMNS if unknowns <= _LARGE else _FEWER)
         m, dtype = min(most, unknowns), _tree.accumulation_dtype(x)
-        zeros = [jnp.zeros_like(xi) for xi in x]
+        zeros, units = [jnp.zeros_like(xi) for xi in x], lambda x: sizes(x, self.layout)
         columns = [jnp.broadcast_to(zero, (m, *zero.shape)) for zero in zeros]  # sharded alike
         return AndersonState(
             count=jnp.zeros((), jnp.int32),
-            unit=sizes(x, self.layout),
+            unit=[jnp.zeros(s.shape, s.dtype) for s in jax.eval_shape(units, x)],
             x=zeros,
             r=zeros,
             V=columns,
@@ -153,7 +156,7 @@ class Anderson(LeafAware):
         scale = [ui.astype(xi.dtype) for xi, ui in zip(x, unit, strict=True)]
         scaled = lambda v: [vi / si for vi, si in zip(v, scale, strict=True)]
         raw = _tree.sub(fx, x)
-        residual = length(scaled(raw))  # NaN or infinite where the value is
+        residual = constant_length(scaled(raw))  # NaN or infinite where the value is
         finite = residual < jnp.inf
         guard, back, stalled = check_step(state.guard, residual, finite, _PATIENCE + m // 2)
         fraction, short = (lax.squeeze(v, (0,)) for v in (guard.fraction, guard.short))
@@ -195,13 +198,7 @@ class Anderson(LeafAware):
         v, u = _tree.where(some, (combine((shorten, v)), combine((shorten, u))), (nothing, nothing))
         usable = some & teaches & started
         active = (here & usable) | others
-        V, U = (
-            [
-                lax.dynamic_update_index_in_dim(ci, vi, slot, 0, allow_negative_indices=False)
-                for ci, vi in zip(columns, column, strict=True)
-            ]
-            for columns, column in ((V, v), (U, u))
-        )
+        V, U = _put(V, v, slot), _put(U, u, slot)
 
         # The step: what the window leaves of the residual, and what it takes away.
         g = lax.select(active, _tree.dot(V, r), zeros)
@@ -213,15 +210,13 @@ class Anderson(LeafAware):
         numbers, plain = choose_plain(guard, against, ~jnp.any(active))
         known = jnp.any(others) & ~(back | plain)
         left = (
-            None if S is not None else lax.select(known, length(rest), jnp.full_like(size, jnp.inf))
+            None
+            if S is not None
+            else lax.select(known, constant_length(rest), jnp.full_like(size, jnp.inf))
         )
+        short = lax.select(short < _GIVES_UP, jnp.full_like(short, jnp.nan), short)
         step = combine((short, _tree.where(plain, combine((d, r)), step)))
-        ends = short < _GIVES_UP
-        out = [
-            lax.select(ends, _tree.nan_like(xi), xi + si * di)
-            for xi, si, di in zip(x, scale, step, strict=True)
-        ]
-        return out, AndersonState(
+        return [xi + si * di for xi, si, di in zip(x, scale, step, strict=True)], AndersonState(
             count=state.count + 1,
             unit=unit,
             x=x,
@@ -233,6 +228,16 @@ class Anderson(LeafAware):
             left=left,
             guard=numbers,
         )
+
+
+def _put(columns: Iterate, column: Iterate, slot: Int[Array, ""]) -> Iterate:
+    """The columns with a new one in that slot."""
+    return [
+        lax.dynamic_update_slice(
+            ci, vi[None], (slot, *[np.int32(0)] * vi.ndim), allow_negative_indices=False
+        )
+        for ci, vi in zip(columns, column, strict=True)
+    ]
 
 
 def _turn(

@@ -7,7 +7,7 @@ import numpy as np
 from jax import Array, lax
 from jaxtyping import Bool, Float, Int
 
-from .._tree import cut, Number
+from .._tree import cut, join, Number, Numbers
 
 # A residual above so many times the least one is taken back.
 _GREW = 10.0
@@ -40,14 +40,14 @@ class Safeguard(NamedTuple):
     stalls: Number
 
 
-def unguarded(dtype: jnp.dtype) -> Float[Array, " numbers"]:
+def unguarded(dtype: jnp.dtype) -> Numbers:
     """The numbers of a `Safeguard` before the first step."""
-    start = {"best": float("inf"), "fraction": 1.0, "short": 1.0}
-    return jnp.asarray([start.get(name, 0.0) for name in Safeguard._fields], dtype)
+    start = {"best": np.inf, "fraction": 1.0, "short": 1.0}
+    return join([np.full(1, start.get(name, 0.0), dtype) for name in Safeguard._fields])
 
 
 def check_step(
-    numbers: Float[Array, " numbers"],
+    numbers: Numbers,
     residual: Float[Array, ""],
     finite: Bool[Array, ""],
     patience: int,
@@ -58,7 +58,7 @@ def check_step(
     are taken back show that plain iteration leads away, for the rest of the solve. It has stalled
     after `patience` steps without a lesser residual.
     """
-    guard = Safeguard(*cut(numbers))
+    guard = Safeguard(*cut(*numbers))
     now, finite = residual[None], finite[None]
     none, half, one, two = (np.full(1, c, now.dtype) for c in (0, 0.5, 1, 2))
     back, better = ~(now <= _GREW * guard.best), now < guard.best
@@ -81,7 +81,7 @@ def check_step(
 
 def choose_plain(
     guard: Safeguard, against: Bool[Array, ""], bare: Bool[Array, ""]
-) -> tuple[Float[Array, " numbers"], Bool[Array, ""]]:
+) -> tuple[Numbers, Bool[Array, ""]]:
     """The numbers, and whether the next step is plain: where the extrapolation goes `against` the
     residual, and where there is none, the window being `bare`.
 
@@ -96,9 +96,9 @@ def choose_plain(
         free=lax.select(row >= _PLAIN, jnp.full_like(row, _FREE), jnp.maximum(guard.free - 1, 0)),
         guarded=guard.guarded + guarded.astype(row.dtype),
     )
-    return lax.concatenate(guard, 0), lax.squeeze(plain, (0,))
+    return join(guard), lax.squeeze(plain, (0,))
 
 
-def counts(numbers: Float[Array, " numbers"]) -> Int[Array, " 3"]:
+def counts(numbers: Numbers) -> Int[Array, " 3"]:
     """Steps taken back, plain steps in the place of extrapolations, stalls."""
-    return numbers[-3:].astype(jnp.int32)
+    return numbers[1].astype(jnp.int32)

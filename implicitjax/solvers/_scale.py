@@ -35,6 +35,11 @@ def length(v: Sequence[Array]) -> Float[Array, ""]:
     return lax.select(zero, squared, root)
 
 
+def constant_length(v: Sequence[Array]) -> Float[Array, ""]:
+    """`|v|` of which a decision is made: a constant for those who differentiate the iterations."""
+    return jnp.sqrt(lax.stop_gradient(_tree.dot(v, v)))
+
+
 def safe_ratio(a: Array, b: Array, otherwise: float) -> Array:
     """`a / b`, `otherwise` where `b` is 0."""
     nothing = b == 0

@@ -1,0 +1,64 @@
+"""A loop in which the lanes of a batch end one after another.
+
+Under `jax.vmap` a `lax.while_loop` runs until the last lane has ended. To hold the others it
+selects every array of the state in every step, also a solver's memory, which is the largest by far
+and of no use to a lane that has ended.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.custom_batching import custom_vmap
+from jaxtyping import Bool
+
+
+def while_loop(
+    goes_on: Callable[[Any], Bool[Array, ""]],
+    body: Callable[[Any], Any],
+    state: Any,
+    free: Sequence[str],
+) -> Any:
+    """`lax.while_loop`, which leaves the fields `free` of a lane that has ended to themselves.
+
+    `state` is a named tuple. Without `jax.vmap` it is `lax.while_loop`.
+    """
+
+    def step(s: Any) -> Any:
+        new, left = body(s), dict.fromkeys(free)
+        held = _hold(goes_on(s), new._replace(**left), s._replace(**left))
+        return held._replace(**{name: getattr(new, name) for name in free})
+
+    return lax.while_loop(lambda s: _any_lane(goes_on(s)), step, state)
+
+
+@custom_vmap
+def _any_lane(flag: Bool[Array, ""]) -> Bool[Array, ""]:
+    """Whether it holds in any lane."""
+    return flag
+
+
+@_any_lane.def_vmap
+def _(_: int, __: Any, flags: Bool[Array, " lanes"]) -> tuple[Bool[Array, ""], bool]:
+    return _any_lane(jnp.any(flags, 0)), False
+
+
+@custom_vmap
+def _hold(goes_on: Bool[Array, ""], new: Any, old: Any) -> Any:
+    """`new`, in a lane that has ended `old`."""
+    return new
+
+
+@_hold.def_vmap
+def _(lanes: int, is_batched: Any, *args: Any) -> tuple[Any, Any]:
+    leaves, structure = jax.tree.flatten(args)
+    batched = jax.tree.leaves(is_batched)
+    every = [
+        x if b else jnp.broadcast_to(x, (lanes, *jnp.shape(x)))
+        for x, b in zip(leaves, batched, strict=True)
+    ]
+    goes_on, new, old = jax.tree.unflatten(structure, every)
+    held = jax.tree.map(jax.vmap(lax.select), jax.tree.map(lambda _: goes_on, new), new, old)
+    return held, jax.tree.map(lambda _: True, held)
