@@ -249,8 +249,12 @@ def _raise_rows() -> Iterator[Row]:
 
 
 def running(program: Callable, *args: Any) -> Clock:
-    """Calls of the compiled program."""
-    return steady(functools.partial(jax.jit(program).lower(*args).compile(), *args))
+    """Calls of the jitted program, as users make them.
+
+    JAX hands a program that was compiled ahead of time to Python in every call if it holds a
+    callback, as one that may raise an error does; not so what `jax.jit` compiled in a call.
+    """
+    return steady(functools.partial(jax.jit(program), *args))
 
 
 # The time of an Anderson step.
