@@ -1,7 +1,7 @@
 """Iterations that papers and books print, taken again.
 
-Toth and Kelley, *SIAM J. Numer. Anal.* 53, 2015: table 1, and of table 4 the column of the Euclidean
-norm at `c = 0.99`. Kelley, *Solving Nonlinear Equations with Iterative Methods*, SIAM, 2022:
+Toth and Kelley, *SIAM J. Numer. Anal.* 53, 2015: table 1, and of table 4 the column of the
+Euclidean norm at `c = 0.99`. Kelley, *Solving Nonlinear Equations with Iterative Methods*, SIAM, 2022:
 chapter 2, the H-equation at `c = 0.5`.
 """
 
@@ -19,7 +19,8 @@ from benchmarks.methods import textbook_steps
 # Evaluations of Anderson(1) to Anderson(6) on the H-equation, to a residual of 1e-8 and as much of
 # the first.
 PUBLISHED = [11, 10, 10, 11, 12, 12]
-# Ours: a full window drops the direction it can spare best, and none is kept that is nearly another.
+# Ours: a full window drops the direction that it can spare best, and keeps none that is nearly
+# another.
 OURS = [11, 11, 10, 10, 10, 10]
 
 
@@ -35,7 +36,7 @@ def nearly_one_dimensional(u: Any) -> Any:
     return jnp.stack([first, first + 1e-8 * jnp.sin(u[0] ** 2)])
 
 
-def evaluations(residuals: Iterable[float]) -> int:
+def evaluations(residuals: Iterable[Any]) -> int:
     """Up to the first residual within `1e-8 (1 + |r_0|)`."""
     enough = None
     for count, residual in enumerate(residuals, 1):
@@ -75,8 +76,8 @@ def test_anderson_s_window_takes_as_many_or_fewer(memory):
 
 
 def test_a_map_that_is_nearly_of_one_dimension():
-    """The least-squares problem of the textbook has a condition of 1e10 from the second step on, and
-    so has each its own way from there; the published one ends at evaluation 8.
+    """The textbook's least-squares problem has a condition of 1e10 from the second step on, and each
+    program goes its own way from there; the published one ends at evaluation 8.
     """
     published = [6.50111e-1, 4.48661e-1, 2.61480e-2]
     found = residuals(nearly_one_dimensional, jnp.ones(2), ij.Anderson(memory=2))
