@@ -1,7 +1,8 @@
 """Iterations that papers and books print, taken again.
 
 Toth and Kelley, *SIAM J. Numer. Anal.* 53, 2015: table 1, and of table 4 the column of the
-Euclidean norm at `c = 0.99`. Kelley, *Solving Nonlinear Equations with Iterative Methods*, SIAM, 2022:
+Euclidean norm at `c = 0.99`. Kelley, *Solving Nonlinear Equations with
+Iterative Methods*, SIAM, 2022:
 chapter 2, the H-equation at `c = 0.5`.
 """
 
@@ -76,7 +77,7 @@ def test_anderson_s_window_takes_as_many_or_fewer(memory):
 
 
 def test_a_map_that_is_nearly_of_one_dimension():
-    """The textbook's least-squares problem has a condition of 1e10 from the second step on, and each
+    """The textbook's least-squares problem has a condition of 1e10 from the second step on; each
     program goes its own way from there; the published one ends at evaluation 8.
     """
     published = [6.50111e-1, 4.48661e-1, 2.61480e-2]
