@@ -11,6 +11,8 @@ import numpy as np
 from jaxtyping import PyTree
 
 import implicitjax as ij
+from implicitjax._loop import _number
+from implicitjax._tree import cut
 
 from .problems import flat, in_reals, lane, Map, Problem, Vector
 
@@ -36,6 +38,7 @@ class Answer:
     - `evaluations`: of the map, until it stopped; `first`: until an iterate was within the
       tolerance; `None` if none was.
     - `gradient`: of the functional; `None` if it has none.
+    - `sure`: of a textbook's method the evaluations until our stop test was met too.
     """
 
     says: bool
@@ -43,6 +46,7 @@ class Answer:
     evaluations: int
     first: int | None
     gradient: PyTree = None
+    sure: int | None = None
 
 
 class Recorder:
@@ -122,13 +126,14 @@ def run_library(problem: Problem, solve: Solve, gradient: bool, batched: bool) -
 def together(answers: list[Answer]) -> Answer:
     """Lanes as one answer: the slowest counts."""
     stack = lambda trees: jax.tree.map(lambda *a: np.stack(a), *trees)
-    firsts = [a.first for a in answers]
+    latest = lambda counts: None if None in counts else max(counts)
     return Answer(
         says=all(a.says for a in answers),
         x=stack([a.x for a in answers]),
         evaluations=max(a.evaluations for a in answers),
-        first=None if None in firsts else max(f for f in firsts if f is not None),
+        first=latest([a.first for a in answers]),
         gradient=None if answers[0].gradient is None else stack([a.gradient for a in answers]),
+        sure=latest([a.sure for a in answers]),
     )
 
 
@@ -193,6 +198,32 @@ def textbook_steps(f: Map, x: Vector, memory: int) -> Iterator[tuple[Vector, Vec
         x = x + step
 
 
+class StopTest:
+    """That of our loop, for the iterates of another method: true from where error and residual are
+    within the tolerance. A probe, which ours may add, is not asked for.
+    """
+
+    def __init__(self) -> None:
+        start = cut(*_number.nothing_seen(jnp.dtype(float)))
+        self.seen, self.last, self.step = _number.Seen(*start), None, 0
+
+    def __call__(self, x: Vector, r: Vector) -> bool:
+        unit = TARGET * (1 + np.abs(x))
+        before = (np.zeros_like(x), r) if self.last is None else self.last
+        roundoff = np.finfo(float).eps * np.minimum(np.abs(x), np.abs(x + r))
+        vectors = r / unit, roundoff / unit, r, (x - before[0]) / unit, (r - before[1]) / unit
+        norms = [np.sqrt(np.mean(v**2, keepdims=True)) for v in vectors]
+        self.seen, is_met = _looked_at(self.seen, np.int32(self.step), _number.Measured(*norms))
+        self.last, self.step = (x, r), self.step + 1
+        return bool(is_met)
+
+
+@jax.jit
+def _looked_at(seen: Any, step: Any, now: Any) -> tuple[Any, Any]:
+    new = _number.see(seen, step, _number.Measured(*map(jnp.asarray, now)), True)
+    return new, _number.within(new, new.error, now.residual, now.roundoff)[0]
+
+
 def textbook(problem: Problem, memory: int) -> Answer:
     """It stops when the root mean square of the residual is within the tolerance, as textbooks
     do, which says nothing of the error."""
@@ -200,18 +231,22 @@ def textbook(problem: Problem, memory: int) -> Answer:
         lanes = [problem.of_lane(i) for i in range(problem.count)]
         return together([textbook(p, memory) for p in lanes])
     f, tree = in_reals(problem.f, problem.x0)
-    first, stopped, evaluations, x = None, None, 0, flat(problem.x0)
+    first, sure, stopped, evaluations, x = None, None, None, 0, flat(problem.x0)
+    is_sure, exists = StopTest(), problem.kind != "none"
     with np.errstate(all="ignore"):  # of a method that diverges
         for x, r in textbook_steps(jax.jit(f), flat(problem.x0), memory):
             if evaluations >= LIMIT or not np.isfinite(r).all():
                 break
-            exists = problem.kind != "none"
             if first is None and exists and problem.excess(tree(jnp.asarray(x)), TARGET) <= 1:
                 first = evaluations
             evaluations += 1
+            if sure is None and is_sure(x, r):
+                sure = evaluations
             if stopped is None and np.sqrt(np.mean((r / (TARGET * (1 + np.abs(x)))) ** 2)) <= 1:
                 stopped = evaluations, x
-            if stopped is not None and (first is not None or evaluations > 2 * stopped[0] + 50):
-                break
+            if stopped is not None:
+                seen = first is not None and sure is not None
+                if not exists or seen or evaluations > 2 * stopped[0] + 50:
+                    break
     count, x = stopped or (evaluations, x)
-    return Answer(stopped is not None, tree(jnp.asarray(x)), count, first)
+    return Answer(stopped is not None, tree(jnp.asarray(x)), count, first, sure=sure)
