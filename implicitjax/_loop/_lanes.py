@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 from jax.custom_batching import custom_vmap
 from jaxtyping import Bool
@@ -23,15 +24,19 @@ def while_loop(
 ) -> Any:
     """`lax.while_loop`, which leaves the fields `free` of a lane that has ended to themselves.
 
-    `state` is a named tuple. Without `jax.vmap` it is `lax.while_loop`.
+    `state` is a named tuple, from which it goes on at least once. Without `jax.vmap` it is
+    `lax.while_loop`.
     """
 
-    def step(s: Any) -> Any:
+    def step(carry: tuple) -> tuple:
+        runs, s = carry
         new, left = body(s), dict.fromkeys(free)
-        held = _hold(goes_on(s), new._replace(**left), s._replace(**left))
-        return held._replace(**{name: getattr(new, name) for name in free})
+        held = _hold(runs, new._replace(**left), s._replace(**left))
+        s = held._replace(**{name: getattr(new, name) for name in free})
+        return goes_on(s), s
 
-    return lax.while_loop(lambda s: _any_lane(goes_on(s)), step, state)
+    first = (jnp.asarray(np.True_), state)
+    return lax.while_loop(lambda carry: _any_lane(carry[0]), step, first)[1]
 
 
 @custom_vmap
