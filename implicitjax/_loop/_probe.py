@@ -133,4 +133,6 @@ def perturb(
             moved = moved * part.astype(moved.dtype)
         return xi + moved.astype(xi.dtype)
 
+    if any(map(_tree.explicitly_sharded, ahead)):  # where `jax.vmap` of a conditional is an error
+        return _tree.where(probing, probe(ahead), ahead)
     return lax.cond(probing, probe, lambda ahead: ahead, ahead)

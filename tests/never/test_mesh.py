@@ -6,6 +6,7 @@ MESH = """
     import jax, jax.numpy as jnp
     import numpy as np
     import implicitjax as ij
+    from jax import lax
     from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
     jax.config.update("jax_enable_x64", True)
@@ -27,7 +28,7 @@ MESH = """
         return jnp.ones_like(b) if f is one else {"u": b, "v": b, "w": jnp.zeros(())}
 
     def unrolled(f, b):
-        return jax.lax.fori_loop(0, 60, lambda _, x: f(x, b), guess(f, b))
+        return lax.fori_loop(0, 60, lambda _, x: f(x, b), guess(f, b))
 
     def loss(x):
         return sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(x)), x
@@ -63,6 +64,15 @@ MESH = """
 
     step = jax.jvp(lambda b: unrolled(two, b), (numbers,), (numbers,))[1]
     check(lambda b: jax.jvp(value, (b,), (b,))[1], step)
+
+    lanes = jnp.asarray([0.1, 0.5, 0.9])  # each with the unknown over the mesh
+    solve = lambda q: ij.implicit_fixed_point(
+        lambda x: q * jnp.cos(x) + b, b, solver=solver, on_failure="nan"
+    ).value
+    right = [lax.fori_loop(0, 200, lambda _, x: q * jnp.cos(x) + numbers, numbers) for q in lanes]
+    for solver in (ij.Picard(), ij.Anderson()):
+        x = jax.block_until_ready(jax.jit(jax.vmap(solve))(lanes))
+        np.testing.assert_allclose(x, np.stack(right), rtol=1e-8)
     print("explicit mesh: ok")
 """
 
