@@ -19,6 +19,7 @@ from jax.experimental.sparse import BCSR
 import implicitjax as ij
 
 from .honesty import KINDS
+from .problems import flat, in_reals, Problem
 
 SIZES = tuple(map(int, os.environ.get("PRODUCTS_SIZES", "400,1200,4000").split(",")))
 RTOL = float(np.finfo(np.float64).eps) ** (2 / 3)
@@ -37,6 +38,54 @@ def families() -> Iterator[tuple[str, Matrix, np.ndarray]]:
     for rate in (0.99, 0.999, 0.9998):
         rng = np.random.default_rng(7)
         yield f"Jacobi sweep, rate {rate}", jacobi(100, rate), rng.normal(size=10_000)
+
+
+class Adjoint:
+    """The adjoint of a problem at its solution, dense; of a complex one in real numbers."""
+
+    def __init__(self, problem: Problem) -> None:
+        self.problem, self.at = problem, jnp.asarray(flat(problem.x_star))
+        self.weights, self.gradient = flat(problem.known_weights), flat(problem.gradient)
+        map_at = lambda v, t: in_reals(lambda x: problem.map(x, t), problem.x0)[0](v)
+        self._jacobian = jax.jit(jax.jacrev(lambda v: map_at(v, problem.theta)))
+        self._pull = jax.jit(lambda v, u: jax.vjp(lambda t: map_at(v, t), problem.theta)[1](u)[0])
+
+    def matrix(self, v: Array) -> np.ndarray:
+        """`A = I - J^T` at `v`."""
+        return np.eye(v.size) - np.asarray(self._jacobian(v)).T
+
+    def products(self) -> list[int | None]:
+        """Of the default, of GMRES with full memory to the same error, of conjugate gradients for
+        the normal equations to a relative residual of 1e-8, and of a dense method.
+        """
+        A, b = self.matrix(self.at), self.weights
+        exact = np.linalg.lstsq(A, b, 1e-10)[0]
+        unit = RTOL * (np.abs(exact) + np.abs(exact).mean())
+        error = lambda u: float(np.sqrt(np.mean(((u - exact) / unit) ** 2)))
+        return [default(A, b, error)[0], gmres_full(A, b, error), normal_equations(A, b), b.size]
+
+    def moved_by_the_tolerance(self, tolerance: float) -> float:
+        """The most, of six ways, by which an `x` off by one tolerance in every entry moves the
+        gradient, relative to it and in tolerances."""
+        signs = np.random.default_rng(0).choice([-1.0, 1.0], size=(6, self.at.size))
+        shifts = tolerance * (1 + np.abs(self.at)) * signs
+        moved = [self._gradient(self.at + shift) - self.gradient for shift in shifts]
+        size = np.linalg.norm(self.gradient) * tolerance
+        return float(max(np.linalg.norm(m) for m in moved) / size)
+
+    def _gradient(self, v: Array) -> np.ndarray:
+        u = np.linalg.lstsq(self.matrix(v), self.weights, 1e-10)[0]
+        return flat(self._pull(v, jnp.asarray(u)))
+
+
+def normal_equations(A: np.ndarray, b: np.ndarray) -> int | None:
+    """Products with `A` and its transpose, `None` where they do not end."""
+    both = lambda v: A.T @ (A @ v)
+    make: Any = sparse_linalg.LinearOperator
+    operator = make(A.shape, matvec=both, dtype=float)
+    steps: list[Any] = []
+    _, failed = sparse_linalg.cg(operator, A.T @ b, rtol=1e-8, maxiter=MOST, callback=steps.append)
+    return None if failed else 2 * len(steps) + 1
 
 
 def jacobi(side: int, rate: float) -> Matrix:
@@ -65,7 +114,7 @@ def default(A: Matrix, b: np.ndarray, error: Callable) -> tuple[int, bool]:
     """Products of the default until it stops, and whether it is right within ten tolerances."""
     count = [0]
 
-    def tick() -> None:
+    def tick(_: Any) -> None:  # of a batch, once for each
         count[0] += 1
 
     stored = BCSR.from_scipy_sparse(A) if sparse.issparse(A) else A
@@ -73,7 +122,7 @@ def default(A: Matrix, b: np.ndarray, error: Callable) -> tuple[int, bool]:
     @jax.jit
     def solve(matrix: Any, b: Array) -> Any:
         def product(v: list) -> list:
-            jax.debug.callback(tick)
+            jax.debug.callback(tick, v[0][0])
             return [matrix @ v[0]]
 
         return ij.AutoLinearSolver().solve(product, [b])

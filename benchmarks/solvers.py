@@ -32,6 +32,7 @@ from .methods import (
     textbook,
 )  # fmt: skip
 from .problems import all_problems, Problem
+from .products import Adjoint
 from .report import optional, Report
 
 # Names of the methods to run, with commas between; all by default.
@@ -146,10 +147,23 @@ def _solvable(report: Report, problems: list[Problem], methods: dict[str, Method
 
     with_gradient = lambda a: a is not None and a.gradient is not None
     names = [n for n in methods if any(with_gradient(answers[n]) for answers in found)]
-    slopes = report.table("relative error of the gradient over 1e-8", names, 32)
+    adjoints = {p.name: Adjoint(p) for p in problems if not p.lanes and _unknowns(p) <= DENSE}
+    columns = [*names, "x off by 1e-8"]
+    slopes = report.table("relative error of the gradient over 1e-8", columns, 32)
     for p, answers in pairs:
-        slopes.row(p.name, *(_slope(p, answers[n]) for n in names))
+        moved = p.name in adjoints and adjoints[p.name].moved_by_the_tolerance(TARGET)
+        slopes.row(p.name, *(_slope(p, answers[n]) for n in names), moved or None)
     report.note("nan: no gradient was given; of `infinite gradient` 0 stands for an infinite one")
+    report.note(
+        "x off by 1e-8: what an error of one tolerance in every entry makes of the gradient"
+    )
+
+    columns = ["default", "GMRES", "normal equations", "dense"]
+    adjoint = report.table("products of the adjoint", columns, 32)
+    for name, one in adjoints.items():
+        adjoint.row(name, *one.products())
+    report.note("GMRES: with full memory, to the error of the default. jaxopt takes the normal")
+    report.note("equations, optimistix as many products as unknowns")
     _ratios(report, pairs)
 
 
