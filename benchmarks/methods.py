@@ -209,7 +209,7 @@ class StopTest:
 
     def __call__(self, x: Vector, r: Vector) -> bool:
         unit = TARGET * (1 + np.abs(x))
-        before = (np.zeros_like(x), r) if self.last is None else self.last
+        before = (x, np.zeros_like(r)) if self.last is None else self.last
         roundoff = np.finfo(float).eps * np.minimum(np.abs(x), np.abs(x + r))
         vectors = r / unit, roundoff / unit, r, (x - before[0]) / unit, (r - before[1]) / unit
         norms = [np.sqrt(np.mean(v**2, keepdims=True)) for v in vectors]
