@@ -63,7 +63,7 @@ def test_equations_are_counted_in_sub_jaxprs_too():
 
 @pytest.mark.parametrize("solver", SOLVERS, ids=of_class)
 def test_a_solve_adds_no_more_than_its_budget(solver):
-    # Measured with JAX 0.10.2: 244 with `Picard`, 412 with `Anderson`, 393 with `Broyden`,
+    # Measured with JAX 0.10.2: 246 with `Picard`, 412 with `Anderson`, 393 with `Broyden`,
     # 292 with `Squarem`; with JAX 0.9.0 up to 5 more.
     W = jnp.asarray(np.random.default_rng(0).normal(size=(64, 64)) / 20)
     f = lambda z: jnp.tanh(W @ z + 1)

@@ -882,3 +882,25 @@ def test_numbers_are_joined_in_sixes_and_cut_again():
     np.testing.assert_array_equal(np.ravel(_tree.cut(*vectors)), range(8))
     constants = jax.make_jaxpr(lambda: _tree.join([np.zeros(1)] * 8))()
     assert not constants.eqns
+
+
+@pytest.mark.parametrize("rates", [[0.9, 1e9], [0.9, -1.0, 0.95], [0.9, 3.0]])
+def test_a_lane_that_has_ended_costs_the_others_no_evaluations(rates):
+    """One diverges, one comes back to its guess: each long before the others converge."""
+    count = [0]
+
+    def tick() -> None:
+        count[0] += 1
+
+    def solve(q: Array) -> ij.Solution:
+        def f(x: Array) -> Array:
+            jax.debug.callback(tick)
+            return q * x + 1
+
+        return ij.implicit_fixed_point(
+            f, jnp.zeros(3), solver=ij.Picard(), rtol=1e-8, on_failure="return"
+        )
+
+    found = jax.vmap(solve)(jnp.asarray(rates))
+    jax.effects_barrier()
+    assert count[0] <= int(jnp.max(found.stats.num_evaluations)) + 1

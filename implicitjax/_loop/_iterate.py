@@ -132,7 +132,7 @@ def iterate(
 
     def body(s: State) -> State:
         if rarely:  # the rate tells how many steps there are to go before it is worth a look
-            due = lambda t: (t.step < s.look_at) & unfinished(t)
+            due = lambda t: (t.step < s.look_at) & running(t)
             return judge(lax.while_loop(due, lambda t: move(evaluate(t)), s), s)
         if solver.uses_map:  # its step costs too much to be taken once more for nothing
             new = judge(evaluate(s), s)
