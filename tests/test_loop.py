@@ -328,7 +328,7 @@ def test_the_next_look_is_after_most_of_the_steps_to_go(q, at, residual):
     error = residual / (1 - q)
     # Steps of the factor q until the error is 1 and the residual a tenth.
     to_go = max(np.log(error), np.log(residual / 0.1)) / -np.log(q)
-    expected = max(1, int(min(to_go / 1.25, at, 16)))
+    expected = max(1, int(min(to_go / 1.25, at, 12)))
     values = {"error": error, "residual": residual, "at": at, "last": q, "mean": q / 2}
     seen = nothing()._replace(**{k: number(v) for k, v in values.items()})
     assert int(_number.steps_to_go(seen)) == expected
@@ -343,7 +343,7 @@ def test_the_next_look_is_never_beyond_the_end(q):
         seen = nothing()._replace(mean=number(q), **{k: number(v) for k, v in values.items()})
         steps = int(_number.steps_to_go(seen))
         before = residual * q ** (steps - 1)
-        assert 1 <= steps <= 16
+        assert 1 <= steps <= 12
         assert steps == 1 or before / (1 - q) > 1 or before > 0.1
 
 
@@ -354,10 +354,10 @@ def test_without_a_rate_every_step_is_looked_at(bad):
     assert int(_number.steps_to_go(seen)) == 1
 
 
-def test_a_rate_of_one_is_looked_at_after_as_many_steps_as_were_taken_and_sixteen():
+def test_a_rate_of_one_is_looked_at_after_as_many_steps_as_were_taken_and_twelve():
     fields = {"error": np.inf, "residual": 5.0, "last": 1.0, "mean": 1.0}
     seen = nothing()._replace(**{k: number(v) for k, v in fields.items()})
-    for at, steps in ((1, 1), (8, 8), (15, 15), (32, 16), (500, 16)):
+    for at, steps in ((1, 1), (8, 8), (11, 11), (32, 12), (500, 12)):
         assert int(_number.steps_to_go(seen._replace(at=number(at)))) == steps
 
 

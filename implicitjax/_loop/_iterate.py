@@ -242,12 +242,13 @@ def _judge(
     seen = _number.see(before, new.step, now, sampled)
     code = _decide(seen, now, solver)
     code, seen = settle(old.code == PROBING, code, quiet, before, seen, now, sampled)
+    accepted, probing = code == ACCEPTED, code == PROBING
     numbers = _tree.join(seen)
     if solver.takes_back:  # a value that is not finite shows nothing
         numbers = _tree.where(lax.squeeze(jnp.isnan(residual), (0,)), old.seen, numbers)
     reference, best, history = new.reference, old.best, new.history
     if reference is not None:
-        turn = lax.squeeze(seen.mark_at == seen.at, (0,)) | (code == PROBING)
+        turn = lax.squeeze(seen.mark_at == seen.at, (0,)) | probing
         reference = _tree.where(turn, x, reference)
     if best is not None:
         better = lax.squeeze(now.raw < best[-1], (0,)) & (old.code != PROBING)
@@ -259,7 +260,6 @@ def _judge(
         history = history.at[new.step].set(row)
     if callable(settings.progress):
         jax.debug.callback(settings.progress, new.step, lax.squeeze(seen.error, (0,)))
-    accepted, probing = code == ACCEPTED, code == PROBING
     return new._replace(
         x=_tree.where(accepted, old.x, new.x),
         ahead=perturb(new.ahead, probing, x, r, unit, now, seen.at, tolerances.packing),

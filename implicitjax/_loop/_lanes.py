@@ -50,13 +50,26 @@ def _(_: int, __: Any, flags: Bool[Array, " lanes"]) -> tuple[Bool[Array, ""], b
     return _any_lane(jnp.any(flags, 0)), False
 
 
-@custom_vmap
+@jax.custom_jvp
 def _hold(goes_on: Bool[Array, ""], new: Any, old: Any) -> Any:
     """`new`, in a lane that has ended `old`."""
+    return _held(goes_on, new, old)
+
+
+@_hold.defjvp
+def _(primals: tuple, tangents: tuple) -> tuple[Any, Any]:
+    """The rule of `custom_vmap` admits no integers. What is made of these tangents is NaN, see
+    `_implicit.py`: no derivative goes through a `while_loop`.
+    """
+    return _held(*primals), tangents[1]
+
+
+@custom_vmap
+def _held(goes_on: Bool[Array, ""], new: Any, old: Any) -> Any:
     return new
 
 
-@_hold.def_vmap
+@_held.def_vmap
 def _(lanes: int, is_batched: Any, *args: Any) -> tuple[Any, Any]:
     leaves, structure = jax.tree.flatten(args)
     batched = jax.tree.leaves(is_batched)

@@ -184,12 +184,12 @@ def small(seen: Seen, residual: Number, roundoff: Number) -> Bool[Array, " 1"]:
 
 def steps_to_go(seen: Seen) -> Int[Array, ""]:
     """How many steps may pass before the next look: most of those that the rate foretells, at most
-    as many as were taken, and 16.
+    as many as were taken, and 12, so that cycles of 2, 3, 4 and 6 iterates come back at a look.
     """
     left = jnp.log(jnp.maximum(seen.error, seen.residual / PART))
     falls = -1.25 * jnp.log(jnp.maximum(seen.last, seen.mean))
     falls = jnp.maximum(falls, float(jnp.finfo(left.dtype).tiny))
-    most = jnp.minimum(seen.at, 16)
+    most = jnp.minimum(seen.at, 12)
     steps = jnp.minimum(left / falls, most).astype(jnp.int32)
     return lax.squeeze(jnp.maximum(steps, 1), (0,))  # after the conversion, since NaN is no step
 
