@@ -1,9 +1,8 @@
 """Iterations that papers and books print, taken again.
 
 Toth and Kelley, *SIAM J. Numer. Anal.* 53, 2015: table 1, and of table 4 the column of the
-Euclidean norm at `c = 0.99`. Kelley, *Solving Nonlinear Equations with
-Iterative Methods*, SIAM, 2022:
-chapter 2, the H-equation at `c = 0.5`.
+Euclidean norm at `c = 0.99`. Kelley, *Solving Nonlinear Equations with Iterative Methods*,
+SIAM, 2022: chapter 2, the H-equation at `c = 0.5`.
 """
 
 from collections.abc import Callable, Iterable
