@@ -15,6 +15,8 @@ from jax import Array, lax
 from jax.custom_batching import custom_vmap
 from jaxtyping import Bool
 
+from .. import _tree
+
 
 def while_loop(
     goes_on: Callable[[Any], Bool[Array, ""]],
@@ -71,12 +73,6 @@ def _held(goes_on: Bool[Array, ""], new: Any, old: Any) -> Any:
 
 @_held.def_vmap
 def _(lanes: int, is_batched: Any, *args: Any) -> tuple[Any, Any]:
-    leaves, structure = jax.tree.flatten(args)
-    batched = jax.tree.leaves(is_batched)
-    every = [
-        x if b else jnp.broadcast_to(x, (lanes, *jnp.shape(x)))
-        for x, b in zip(leaves, batched, strict=True)
-    ]
-    goes_on, new, old = jax.tree.unflatten(structure, every)
-    held = jax.tree.map(jax.vmap(lax.select), jax.tree.map(lambda _: goes_on, new), new, old)
+    axes = tuple(jax.tree.map(lambda batched: 0 if batched else None, is_batched))
+    held = jax.vmap(_tree.where, in_axes=axes, axis_size=lanes)(*args)
     return held, jax.tree.map(lambda _: True, held)
