@@ -54,6 +54,10 @@ def nothing(dtype: Any = np.float64) -> Seen:
     return Seen(*_tree.cut(*_number.nothing_seen(jnp.dtype(dtype))))
 
 
+def within(seen: Seen, error: Any, residual: Any, roundoff: float = 0.0) -> bool:
+    return bool(_number.within(error, residual, _number.enough(seen, number(roundoff)))[0])
+
+
 def measured(residual=0.0, roundoff=0.0, raw=0.0, dx=0.0, dr=0.0) -> Measured:
     return Measured(*map(number, (residual, roundoff, raw, dx, dr)))
 
@@ -217,7 +221,7 @@ def test_a_residual_that_does_not_fall_proves_nothing(sampled):
     for residuals in ([1e-3, 1e-3, 1e-3], [1e-9, 1e-6, 1e-3], [1e-2, 1e-3, 2e-3]):
         seen = last(watch(residuals, samples=[0.0, 2.0, 2.0] if sampled else None))
         assert np.isinf(seen.error[0])
-        assert not _number.within(seen, seen.error, seen.residual, number(0.0))[0]
+        assert not within(seen, seen.error, seen.residual)
 
 
 @pytest.mark.parametrize("sampled", [False, True])
@@ -227,7 +231,7 @@ def test_a_residual_that_is_not_finite_never_converges(bad, sampled):
         samples = len(residuals) * [2.0] if sampled else None
         seen = last(watch(residuals, samples=samples))
         assert not np.isfinite(seen.error[0])
-        assert not _number.within(seen, seen.error, seen.residual, number(0.0))[0]
+        assert not within(seen, seen.error, seen.residual)
 
 
 def test_a_residual_of_zero_leaves_its_roundoff():
@@ -235,11 +239,11 @@ def test_a_residual_of_zero_leaves_its_roundoff():
     seen = last(watch([1.0, 0.0], roundoff=2.0**-6))
     np.testing.assert_allclose(seen.error[0], 2.0**-6 / (1 - 2.0**-6), rtol=1e-12)
     assert seen.last[0] == 0
-    assert _number.within(seen, seen.error, seen.residual, number(2.0**-6))[0]
+    assert within(seen, seen.error, seen.residual, 2.0**-6)
     # Without round-off there is nothing left; and of a guess alone nothing is known.
     assert last(watch([1.0, 0.0])).error[0] == 0
     first = last(watch([0.0]))
-    assert not _number.within(first, first.error, first.residual, number(0.0))[0]
+    assert not within(first, first.error, first.residual)
 
 
 def test_a_residual_below_roundoff_counts_as_roundoff():
@@ -304,8 +308,7 @@ def test_the_amplification_is_the_largest_that_was_seen(
 def test_converged_is_an_error_of_one_and_a_residual_of_a_tenth(
     error, residual, roundoff, expected
 ):
-    within = _number.within(nothing(), number(error), number(residual), number(roundoff))
-    assert bool(within[0]) is expected
+    assert within(nothing(), number(error), number(residual), roundoff) is expected
 
 
 @pytest.mark.parametrize(
@@ -316,8 +319,32 @@ def test_a_caller_may_ask_for_less_than_a_tenth(residual, roundoff, expected):
     numbers = _number.nothing_seen(jnp.dtype(np.float64), most=number(3.0), part=number(0.01))
     seen = Seen(*_tree.cut(*numbers))
     assert seen.most[0] == 3
-    within = _number.within(seen, number(1.0), number(residual), number(roundoff))
-    assert bool(within[0]) is expected
+    assert within(seen, number(1.0), number(residual), roundoff) is expected
+
+
+@pytest.mark.parametrize("part", [0.1, 0.01])
+@pytest.mark.parametrize(
+    ("residuals", "expected"),
+    [
+        ([1e6, 0.99], True),
+        ([9e5, 0.99], False),
+        ([9e5, 0.89, 0.99], True),  # once it has fallen so far
+        ([0.0, 1e6, 0.99], True),  # the first that is not zero
+        ([0.0, 0.0, 0.99], False),
+        ([0.99], False),
+        ([np.nan, 0.99], False),
+    ],
+)
+def test_from_a_millionth_of_the_first_residual_on_the_tolerance_itself_is_enough(
+    residuals, part, expected
+):
+    seen = nothing()._replace(part=number(part))
+    for step, residual in enumerate(residuals):
+        now = measured(residual=residual, raw=residual)
+        seen = _number.see(seen, jnp.asarray(step, jnp.int32), now, False)
+    assert within(seen, number(1.0), number(0.99)) is expected
+    assert not within(seen, number(1.0), number(1.001))
+    assert not within(seen, number(1.001), number(0.99))
 
 
 @pytest.mark.parametrize(
@@ -435,7 +462,9 @@ def settled(
     sampled: bool = True,
 ) -> tuple[int, Seen]:
     flags = jnp.asarray(probed), jnp.asarray([code], jnp.int32), jnp.asarray([quiet])
-    settles, seen = _probe.settle(*flags, old, seen, now, sampled)
+    settles, seen = _probe.settle(
+        *flags, old, seen, now, _number.enough(seen, now.roundoff), sampled
+    )
     return int(settles), seen
 
 
@@ -847,7 +876,7 @@ RATES = np.asarray([[0.1, 0.9, 0.5], [0.99, 0.3, 0.7]])
 
 def lanes_of(solver: ij.AbstractSolver) -> Any:
     f = lambda x, q: 1 + q * jnp.tanh(x[::-1] * jnp.asarray([1.0, 0.5, 0.25, 2.0, 1.0]))
-    return lambda q: ij.implicit_fixed_point(f, jnp.zeros(5), q, solver=solver, rtol=1e-10)
+    return lambda q: ij.implicit_fixed_point(f, jnp.zeros(5), q, solver=solver, rtol=1e-11)
 
 
 @pytest.mark.parametrize(

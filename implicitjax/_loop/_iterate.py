@@ -240,8 +240,9 @@ def _judge(
     quiet = is_quiet(now, vectors[0], vectors[1], tolerances.packing)
     before = Seen(*_tree.cut(*old.seen))
     seen = _number.see(before, new.step, now, sampled)
-    code = _decide(seen, now, solver)
-    code, seen = settle(old.code == PROBING, code, quiet, before, seen, now, sampled)
+    enough = _number.enough(seen, roundoff)
+    code = _decide(seen, now, enough, solver)
+    code, seen = settle(old.code == PROBING, code, quiet, before, seen, now, enough, sampled)
     accepted, probing = code == ACCEPTED, code == PROBING
     numbers = _tree.join(seen)
     if solver.takes_back:  # a value that is not finite shows nothing
@@ -273,13 +274,15 @@ def _judge(
     )
 
 
-def _decide(seen: Seen, now: Measured, solver: AbstractSolver) -> Int[Array, " 1"]:
+def _decide(
+    seen: Seen, now: Measured, enough: _tree.Number, solver: AbstractSolver
+) -> Int[Array, " 1"]:
     """The code after a step."""
     code = choose(_watch.is_noise(seen, now), STAGNATED, RUNNING)
     if solver.steady:
         code = choose(_watch.is_cycle(now, seen), STAGNATED, code)
         code = choose(_watch.has_diverged(seen), DIVERGED, code)
-    code = choose(_number.within(seen, seen.error, now.residual, now.roundoff), CONVERGED, code)
+    code = choose(_number.within(seen.error, now.residual, enough), CONVERGED, code)
     # Infinite units of the tolerance are no failure: at zero the tolerance may be zero.
     lost = jnp.isnan(now.residual)
     if solver.takes_back:  # but not a guess, nor an iterate that is not finite

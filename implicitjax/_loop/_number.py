@@ -10,8 +10,9 @@ itself to go (Banach, *Fundamenta Mathematicae* 3, 1922). Hence
 in units of the tolerance: the largest sample, and the larger of the last factor and the mean one,
 since the last power of two steps but one. That window forgets what a far guess has shown, and
 its length grows with the slowness of the solve; what round-off leaves is amplified by the largest
-sample of all. The residual itself must be within a tenth of the tolerance, since it may hide a
-tenth of itself in a slow mode.
+sample of all. The residual may hide a tenth of itself in a slow mode. So it must be within a tenth
+of the tolerance; within the tolerance where it is a millionth of the first, since a mode that it
+hides then was hardly there at the start.
 """
 
 from collections.abc import Callable, Sequence
@@ -26,8 +27,8 @@ from jaxtyping import Bool, Int
 from .._tree import cut, join, Number, Numbers, SMALL
 
 # The residual must be within this part of the tolerance, or less where a caller asks it, or down
-# to round-off.
-PART = 0.1
+# to round-off. From where it has fallen to this part of the first, it must be within the tolerance.
+PART, FALLEN = 0.1, 1e-6
 # A difference of residuals above so many times the round-off is a sample.
 ABOVE = 4.0
 # A residual below so many times the round-off is as small as it gets.
@@ -66,7 +67,7 @@ class Seen(NamedTuple):
     - `raw`, `first`: the last and the first residual in the units of the unknown; the first that
       is not 0, since beside 0 every other would have grown beyond return.
     - `falls`: the factor of the last step in those units.
-    - `part`: what part of the tolerance the residual must be within.
+    - `part`: what part of the tolerance the residual must be within; 1 once it has fallen far.
     """
 
     residual: Number
@@ -120,6 +121,8 @@ def see(seen: Seen, step: Int[Array, ""], now: Measured, sampled: bool) -> Seen:
         (at - seen.at, at - earlier_at, at - seen.at),
     )
     better = now.residual < seen.best
+    first = lax.select(seen.first > 0, seen.first, now.raw)
+    fallen = now.raw < FALLEN * first
     new = Seen(
         residual=now.residual,
         at=at,
@@ -136,9 +139,9 @@ def see(seen: Seen, step: Int[Array, ""], now: Measured, sampled: bool) -> Seen:
         best=lax.select(better, now.residual, seen.best),
         best_at=lax.select(better, at, seen.best_at),
         raw=now.raw,
-        first=lax.select(seen.first > 0, seen.first, now.raw),
+        first=first,
         falls=falls,
-        part=seen.part,
+        part=lax.select(fallen, np.ones(1, seen.part.dtype), seen.part),
     )
     error = amplification(new, sampled) * jnp.maximum(now.residual, now.roundoff)
     if sampled:
@@ -172,21 +175,21 @@ def still_to_go(rate: Number) -> Number:
     return 1 / jnp.maximum(1 - rate, 0)
 
 
-def within(seen: Seen, error: Number, residual: Number, roundoff: Number) -> Bool[Array, " 1"]:
-    """Whether error and residual are within the tolerance: the solve has converged."""
-    return (error <= 1) & small(seen, residual, roundoff)
+def enough(seen: Seen, roundoff: Number) -> Number:
+    """The residual that is small enough: its part of the tolerance, or round-off."""
+    return jnp.maximum(seen.part, LOST * roundoff)
 
 
-def small(seen: Seen, residual: Number, roundoff: Number) -> Bool[Array, " 1"]:
-    """Whether the residual is within its part of the tolerance, or round-off."""
-    return residual <= jnp.maximum(seen.part, LOST * roundoff)
+def within(error: Number, residual: Number, enough: Number) -> Bool[Array, " 1"]:
+    """Whether the solve has converged: the error is within the tolerance, the residual small."""
+    return (error <= 1) & (residual <= enough)
 
 
 def steps_to_go(seen: Seen) -> Int[Array, ""]:
     """How many steps may pass before the next look: most of those that the rate foretells, at most
     as many as were taken, and 12, so that cycles of 2, 3, 4 and 6 iterates come back at a look.
     """
-    left = jnp.log(jnp.maximum(seen.error, seen.residual / PART))
+    left = jnp.log(jnp.maximum(seen.error, seen.residual / seen.part))
     falls = -1.25 * jnp.log(jnp.maximum(seen.last, seen.mean))
     falls = jnp.maximum(falls, float(jnp.finfo(left.dtype).tiny))
     most = jnp.minimum(seen.at, 12)

@@ -39,17 +39,18 @@ def settle(
     old: Seen,
     seen: Seen,
     now: Measured,
+    enough: _tree.Number,
     sampled: bool,
 ) -> tuple[Int[Array, ""], Seen]:
     """The code, and the numbers: whether this iterate asks for a probe; and where it is the probe
     itself, whether the iterate before, of which `old` tells, is accepted.
 
     - `probed`: whether this iterate is a probe; `quiet`: whether some leaf is.
-    - `code`, `seen`, `now`: of this iterate.
+    - `code`, `seen`, `now`: of this iterate; `enough`: the residual that is small.
     """
-    confirmed, error = _confirms(old, seen, now, sampled)
+    confirmed, error = _confirms(old, seen, now, enough, sampled)
     accepted = probed & ~quiet & confirmed
-    asks = _asks(code, quiet, seen, now, sampled)
+    asks = _asks(code, quiet, seen, now, enough, sampled)
     seen = seen._replace(
         error=lax.select(accepted, error, seen.error),
         residual=lax.select(accepted, old.residual, seen.residual),
@@ -66,7 +67,12 @@ def settle(
 
 
 def _asks(
-    code: Int[Array, " 1"], quiet: Bool[Array, " 1"], seen: Seen, now: Measured, sampled: bool
+    code: Int[Array, " 1"],
+    quiet: Bool[Array, " 1"],
+    seen: Seen,
+    now: Measured,
+    enough: _tree.Number,
+    sampled: bool,
 ) -> Bool[Array, " 1"]:
     """Whether the map is evaluated beside this iterate before it can be accepted: it would end the
     solve; or its residual is small, but nothing is known of its error, since it is the guess, or
@@ -75,13 +81,13 @@ def _asks(
     guess = seen.at == 0
     unknown = jnp.maximum(seen.sample, seen.before) == 0 if sampled else guess
     beside = guess & (seen.sample > 0)  # a known iterate stands beside it; it need not be quiet
-    small = _number.small(seen, now.residual, now.roundoff)
+    small = now.residual <= enough
     asks = (quiet & ((code == CONVERGED) | (small & unknown))) | (small & beside)
     return asks & (code <= CONVERGED)
 
 
 def _confirms(
-    old: Seen, seen: Seen, now: Measured, sampled: bool
+    old: Seen, seen: Seen, now: Measured, enough: _tree.Number, sampled: bool
 ) -> tuple[Bool[Array, " 1"], _tree.Number]:
     """Whether the error of the iterate before the probe is within the tolerance, and that error:
     as it was estimated there; where nothing was known of it, by the probe, which is a sample.
@@ -90,7 +96,7 @@ def _confirms(
     sample = _number.take_sample(now.dx, dr, now.roundoff)
     error = jnp.maximum(sample, old.sample) * jnp.maximum(old.residual, now.roundoff)
     error = jnp.maximum(error, seen.most * now.roundoff)
-    within = (sample > 0) & _number.within(seen, error, old.residual, now.roundoff)
+    within = (sample > 0) & _number.within(error, old.residual, enough)
     known = old.error <= 1
     return known | within, lax.select(known, old.error, error)
 
