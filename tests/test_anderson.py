@@ -1,5 +1,6 @@
 """Anderson's method: as few evaluations as GMRES, steps taken back, the solution that is meant."""
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -185,3 +186,54 @@ def test_the_memory_follows_the_size_of_the_unknown():
 
     assert [columns(n) for n in (1, 7, 20, 21, 100_000, 100_001)] == [1, 7, 20, 20, 20, 10]
     assert [columns(n, memory=5) for n in (3, 50, 200_000)] == [3, 5, 5]
+
+
+def test_on_a_simplex_the_last_coordinate_costs_nothing():
+    """Probabilities sum to one, so that their differences span one direction less than they are.
+    A solve without the last of them, which the sum tells, takes as many evaluations.
+    """
+
+    def evaluations(f, n):
+        solution = ij.implicit_fixed_point(f, jnp.full(n, 1 / n), rtol=1e-10)
+        return int(solution.stats.num_evaluations)
+
+    whole, reduced = [], []
+    for n in (3, 4, 5, 6):
+        for seed in range(4):
+            A = jnp.asarray(np.random.default_rng(seed).normal(size=(n, n)) * 3)
+            respond = lambda p, A=A: jax.nn.softmax(-A @ p)
+            whole.append(evaluations(respond, n))
+            but_one = lambda y, f=respond: f(jnp.append(y, 1 - jnp.sum(y)))[:-1]
+            reduced.append(evaluations(but_one, n - 1))
+    assert sum(whole) <= 1.1 * sum(reduced)
+
+
+@pytest.mark.parametrize(
+    ("memory", "times", "of_best", "kept"),
+    [
+        (20, 1.6, 1.01, False),
+        (20, 1.4, 1.01, True),
+        (20, 7.9, 0.99, True),  # the residual still falls
+        (20, 8.1, 0.99, False),
+        (2, 7.9, 0.99, True),
+        (10, 2.1, 1.01, False),
+        (10, 1.9, 1.01, True),
+        (2, 3.1, 1.01, False),
+        (2, 2.9, 1.01, True),
+    ],
+)
+def test_a_window_that_misleads_begins_anew(memory, times, of_best, kept):
+    """The residual is so many times what the window left, and so many times the least one."""
+    solver, n = ij.Anderson(memory=memory), 30
+    f, _, _, _ = affine(np.linspace(-0.9, 0.9, n), symmetric=True)
+    x, state, as_list = jnp.zeros(n), solver.init([jnp.zeros(n)]), lambda x: [f(x[0])]
+    for _ in range(3):
+        [x], state = solver.step(as_list, [x], [f(x)], state)
+    columns = min(memory, 3)
+    assert int(state.active.sum()) == min(memory, 2)
+    residual = jnp.linalg.norm((f(x) - x) / state.unit[0])
+    best = state.guard[0].at[0].set(residual / of_best)
+    names = lambda s: (s.left, s.guard[0])
+    state = eqx.tree_at(names, state, (residual / times, best))
+    _, state = solver.step(as_list, [x], [f(x)], state)
+    assert int(state.active.sum()) == (columns if kept else 1)

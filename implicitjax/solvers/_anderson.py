@@ -18,9 +18,14 @@ from ._scale import combine, constant_length, length, sizes
 # Columns at the most: of up to so many unknowns, and of more.
 _COLUMNS, _LARGE, _FEWER = 20, 10**5, 10
 # The window starts anew where the square of what is new of a difference is this part of the whole
-# or less, where the residual is so many times what the window left of the one before, and after
-# a stall: so many steps, and half the columns, without a lesser residual.
-_NEW, _MISLED, _PATIENCE = 1e-6, 3.0, 10
+# or less, and after a stall: so many steps, and half the columns, without a lesser residual.
+_NEW, _PATIENCE = 1e-6, 10
+# So many units of round-off in that square are nothing new.
+_NONE = 16.0
+# It starts anew, too, where the residual is so many times what the window left of the one before:
+# the first of these where it is the least one; else 1 and the second over the columns, but not more
+# than the third, which is that of an affine map.
+_FALLING, _MISLED, _MOST = 8.0, 10, 3.0
 # Below the first of these parts of the residual the window is emptied, below the second of a step
 # the solve gives up.
 _SHORT, _GIVES_UP = 2.0**-6, 2.0**-30
@@ -29,7 +34,7 @@ _SHORT, _GIVES_UP = 2.0**-6, 2.0**-30
 class AndersonState(eqx.Module):
     """What Anderson acceleration remembers.
 
-    - `count`: steps taken so far.
+    - `slot`: which column the next difference goes to, where `S` is kept; -1 before the first step.
     - `unit`: for each leaf the scale in which it is measured; for each entry of a vector of leaves.
     - `x`, `r`: the last iterate that was not taken back, and its residual `f(x) - x`.
     - `V`: orthonormal combinations of differences of residuals, stacked along the first axis of
@@ -43,7 +48,7 @@ class AndersonState(eqx.Module):
       joined.
     """
 
-    count: Int[Array, ""]
+    slot: Int[Array, ""]
     unit: list[Float[Array, "..."]]
     x: Iterate
     r: Iterate
@@ -73,16 +78,18 @@ class Anderson(LeafAware):
     nothing is lost by it, as in the truncated method of He and others: slow modes stay known. A
     window as large as the unknown forgets the oldest difference, since there every direction is
     needed; where plain iteration leads nowhere, no difference replaces it that has next to nothing
-    of its direction.
+    of its direction. A map with fewer directions than unknowns, as on a simplex, fills fewer
+    columns; the oldest difference goes there as well.
 
     Safeguards, each measured in `benchmarks/`: a step that makes the residual ten times the least
     one, or not finite, is taken back, and the next one goes half as far along the residual; what
     it showed stays in the window. An extrapolation that goes against the residual is not taken,
     since the map repels along it; plain steps are, until they too lead nowhere. So the solve ends
     where plain iteration does, where that ends. The window starts anew after a stall, and where it
-    misleads: where the residual is three times what the window left of the one before. Each leaf is
-    measured in units of its own size at the start, so that the answer does not depend on the units
-    of the unknown.
+    misleads: where the residual is eight times what the window left of the one before, or half as
+    much again (of a window of 20; less is asked of a smaller one) and not the least one. Each leaf
+    is measured in units of its own size at the start, so that the answer does not depend on the
+    units of the unknown.
 
     Needs `2 memory` stored iterates and `O(memory n)` operations a step; solves maps that
     do not contract.
@@ -131,7 +138,7 @@ class Anderson(LeafAware):
         zeros, units = [jnp.zeros_like(xi) for xi in x], lambda x: sizes(x, self.layout)
         columns = [jnp.broadcast_to(zero, (m, *zero.shape)) for zero in zeros]  # sharded alike
         return AndersonState(
-            count=jnp.zeros((), jnp.int32),
+            slot=jnp.full((), -1, jnp.int32),
             unit=[jnp.zeros(s.shape, s.dtype) for s in jax.eval_shape(units, x)],
             x=zeros,
             r=zeros,
@@ -151,7 +158,7 @@ class Anderson(LeafAware):
         self, f: Map, x: Iterate, fx: Iterate, state: AndersonState
     ) -> tuple[Iterate, AndersonState]:
         """`x + d (r - V g) - U g` with `g = V^T r`."""
-        started, m = state.count > 0, state.active.shape[0]
+        started, m = state.slot >= 0, state.active.shape[0]
         unit = _tree.where(started, state.unit, sizes(fx, self.layout))
         scale = [ui.astype(xi.dtype) for xi, ui in zip(x, unit, strict=True)]
         scaled = lambda v: [vi / si for vi, si in zip(v, scale, strict=True)]
@@ -166,7 +173,7 @@ class Anderson(LeafAware):
 
         # What the window has of the last difference, but for the slot that is due.
         V, U, S = state.V, state.U, state.S
-        slot = lax.rem(state.count + (m - 1), jnp.int32(m))
+        slot = jnp.maximum(state.slot, 0)
         if S is not None:
             V, U, S = _turn(V, U, S, slot)
         a = _tree.dot(V, dr)
@@ -177,12 +184,19 @@ class Anderson(LeafAware):
         others = state.active & ~here
         whole, a = _tree.dot(dr, dr), lax.select(others, a, zeros)
         empty = stalled | (back & (fraction < _SHORT))
-        same = ~(whole - jnp.sum(jnp.square(a)) > _NEW * whole)
+        new = whole - jnp.sum(jnp.square(a))
+        same = ~(new > _NEW * whole)
         teaches = finite
         if state.left is not None:
-            empty = empty | same | (residual > _MISLED * state.left)
-        else:  # where plain iteration is no guide, every direction is needed
-            needed = self.affine | lax.squeeze(guard.free > 0, (0,))
+            limits = _MOST if self.affine else min(1 + _MISLED / m, _MOST), _FALLING
+            worse = residual > lax.squeeze(guard.best, (0,))
+            limit = lax.select(worse, *(np.asarray(k, residual.dtype) for k in limits))
+            empty = empty | same | (residual > limit * state.left)
+        else:  # every direction is needed where plain iteration is no guide, and where the window
+            # holds all that there are, as on a simplex: there the next difference takes a place
+            guided = lax.squeeze(guard.free == 0, (0,)) & (not self.affine)
+            spanned = ~(new > _NONE * float(jnp.finfo(new.dtype).eps) * whole)
+            needed = ~guided | (spanned & ~jnp.any(here & state.active))
             teaches = finite & (empty | ~(same & needed))
             empty = empty | same
         # Of what teaches nothing the column in the slot stays.
@@ -199,6 +213,10 @@ class Anderson(LeafAware):
         usable = some & teaches & started
         active = (here & usable) | others
         V, U = _put(V, v, slot), _put(U, u, slot)
+        if S is not None:  # where the slot was not filled, the oldest difference goes next
+            filled = jnp.sum(active, dtype=jnp.int32)
+            ahead = lax.select(jnp.any(here & active), jnp.ones_like(slot), m - filled)
+            slot = lax.rem(slot + ahead, jnp.int32(m))
 
         # The step: what the window leaves of the residual, and what it takes away.
         g = lax.select(active, _tree.dot(V, r), zeros)
@@ -217,7 +235,7 @@ class Anderson(LeafAware):
         short = lax.select(short < _GIVES_UP, jnp.full_like(short, jnp.nan), short)
         step = combine((short, _tree.where(plain, combine((d, r)), step)))
         return [xi + si * di for xi, si, di in zip(x, scale, step, strict=True)], AndersonState(
-            count=state.count + 1,
+            slot=slot,
             unit=unit,
             x=x,
             r=raw,
