@@ -208,6 +208,17 @@ def test_on_a_simplex_the_last_coordinate_costs_nothing():
     assert sum(whole) <= 1.1 * sum(reduced)
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_copies_of_an_unknown_cost_nothing(dtype):
+    """Their differences span one direction: the window is that of one of them."""
+
+    def evaluations(n):
+        f = lambda x: 1 + 0.9 * jnp.tanh(0.9 * x)
+        return int(ij.implicit_fixed_point(f, jnp.zeros(n, dtype)).stats.num_evaluations)
+
+    assert {evaluations(n) for n in (2, 3, 8)} == {evaluations(1)}
+
+
 @pytest.mark.parametrize(
     ("memory", "times", "of_best", "kept"),
     [

@@ -34,7 +34,7 @@ _SHORT, _GIVES_UP = 2.0**-6, 2.0**-30
 class AndersonState(eqx.Module):
     """What Anderson acceleration remembers.
 
-    - `slot`: which column the next difference goes to, where `S` is kept; -1 before the first step.
+    - `slot`: the column after the last one, where `S` is kept; -1 before the first step.
     - `unit`: for each leaf the scale in which it is measured; for each entry of a vector of leaves.
     - `x`, `r`: the last iterate that was not taken back, and its residual `f(x) - x`.
     - `V`: orthonormal combinations of differences of residuals, stacked along the first axis of
@@ -173,30 +173,27 @@ class Anderson(LeafAware):
 
         # What the window has of the last difference, but for the slot that is due.
         V, U, S = state.V, state.U, state.S
-        slot = jnp.maximum(state.slot, 0)
-        if S is not None:
-            V, U, S = _turn(V, U, S, slot)
-        a = _tree.dot(V, dr)
+        whole, a = _tree.dot(dr, dr), _tree.dot(V, dr)
+        a, zeros = lax.select(state.active, a, jnp.zeros_like(a)), jnp.zeros_like(a)
         if S is None:
             coupled = lax.select(state.active, jnp.abs(a), jnp.full_like(a, -1))
             slot = lax.argmin(coupled, 0, jnp.int32)
-        here, zeros = lax.iota(jnp.int32, m) == slot, jnp.zeros_like(a)
+        else:
+            slot = _due(jnp.maximum(state.slot, 0), state.active, a, whole)
+            [a], V, U, S = _turn([a], V, U, S, slot)
+        here = lax.iota(jnp.int32, m) == slot
         others = state.active & ~here
-        whole, a = _tree.dot(dr, dr), lax.select(others, a, zeros)
+        a = lax.select(others, a, zeros)
         empty = stalled | (back & (fraction < _SHORT))
-        new = whole - jnp.sum(jnp.square(a))
-        same = ~(new > _NEW * whole)
+        same = ~(whole - jnp.sum(jnp.square(a)) > _NEW * whole)
         teaches = finite
         if state.left is not None:
             limits = _MOST if self.affine else min(1 + _MISLED / m, _MOST), _FALLING
             worse = residual > lax.squeeze(guard.best, (0,))
             limit = lax.select(worse, *(np.asarray(k, residual.dtype) for k in limits))
             empty = empty | same | (residual > limit * state.left)
-        else:  # every direction is needed where plain iteration is no guide, and where the window
-            # holds all that there are, as on a simplex: there the next difference takes a place
-            guided = lax.squeeze(guard.free == 0, (0,)) & (not self.affine)
-            spanned = ~(new > _NONE * float(jnp.finfo(new.dtype).eps) * whole)
-            needed = ~guided | (spanned & ~jnp.any(here & state.active))
+        else:  # where plain iteration is no guide, every direction is needed
+            needed = self.affine | lax.squeeze(guard.free > 0, (0,))
             teaches = finite & (empty | ~(same & needed))
             empty = empty | same
         # Of what teaches nothing the column in the slot stays.
@@ -213,10 +210,7 @@ class Anderson(LeafAware):
         usable = some & teaches & started
         active = (here & usable) | others
         V, U = _put(V, v, slot), _put(U, u, slot)
-        if S is not None:  # where the slot was not filled, the oldest difference goes next
-            filled = jnp.sum(active, dtype=jnp.int32)
-            ahead = lax.select(jnp.any(here & active), jnp.ones_like(slot), m - filled)
-            slot = lax.rem(slot + ahead, jnp.int32(m))
+        slot = lax.rem(slot + (started & finite).astype(slot.dtype), jnp.int32(m))
 
         # The step: what the window leaves of the residual, and what it takes away.
         g = lax.select(active, _tree.dot(V, r), zeros)
@@ -258,10 +252,24 @@ def _put(columns: Iterate, column: Iterate, slot: Int[Array, ""]) -> Iterate:
     ]
 
 
+def _due(
+    slot: Int[Array, ""], active: Bool[Array, " m"], a: Float[Array, " m"], whole: Float[Array, ""]
+) -> Int[Array, ""]:
+    """The column that a difference goes to: `slot`, or the oldest where that is empty and what the
+    window has of the difference, `a`, is the `whole` of it. So it is on a simplex.
+    """
+    m, none = active.shape[0], _NONE * float(jnp.finfo(whole.dtype).eps)
+    spanned = whole - jnp.sum(jnp.square(a)) <= none * whole  # not where that is NaN
+    filled = jnp.any(active & (lax.iota(jnp.int32, m) == slot))
+    oldest = lax.rem(slot + (m - jnp.sum(active, dtype=jnp.int32)), jnp.int32(m))
+    return lax.select(spanned & ~filled, oldest, slot)
+
+
 def _turn(
-    V: Iterate, U: Iterate, S: Float[Array, "m m"], slot: Int[Array, ""]
-) -> tuple[Iterate, Iterate, Float[Array, "m m"]]:
-    """The same window in a basis of which column `slot` alone holds some of difference `slot`.
+    a: Iterate, V: Iterate, U: Iterate, S: Float[Array, "m m"], slot: Int[Array, ""]
+) -> tuple[Iterate, Iterate, Iterate, Float[Array, "m m"]]:
+    """The same window in a basis of which column `slot` alone holds some of difference `slot`, and
+    the coefficients `a` in that basis.
 
     So to replace that column is to forget that difference. Row `slot` of `S` is what every column
     holds of it. Householder's reflection `I - 2 h h^T / h^T h` takes that row to a multiple of the
@@ -276,7 +284,7 @@ def _turn(
     turned = lambda columns: [
         ci - jnp.tensordot(weights.astype(ci.dtype), ci, 1, precision="highest") for ci in columns
     ]
-    return turned(V), turned(U), S - S @ weights
+    return turned(a), turned(V), turned(U), S - S @ weights
 
 
 def _record(
