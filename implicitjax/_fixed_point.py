@@ -81,8 +81,8 @@ def implicit_fixed_point(
     - `adjoint`: how to differentiate, `ImplicitAdjoint()` by default.
     - `rtol`, `atol`: the tolerances. The solve has converged when
       `norm(error / (atol + rtol |x|)) <= 1` at the iterate `x`, where the *error* is estimated,
-      and when the residual is within a tenth of that, or a millionth of the first and within that,
-      or down to round-off.
+      and when the residual is within a tenth of that, or down to round-off. (Within that, where it
+      is a millionth of the first residual, and the tolerance a millionth of the iterate.)
       By default `rtol = eps^(2/3)` for the dtype of each leaf (3.7e-11 in float64, 2.4e-5 in
       float32, 9.9e-3 in float16, 3.9e-2 in bfloat16) and `atol` is `rtol` times the mean
       magnitude of the leaf of the iterate, plus `eps^3`.

@@ -240,6 +240,7 @@ def _judge(
     quiet = is_quiet(now, vectors[0], vectors[1], tolerances.packing)
     before = Seen(*_tree.cut(*old.seen))
     seen = _number.see(before, new.step, now, sampled)
+    seen = _number.trust(seen, roundoff, max(tolerances.epsilons))
     enough = _number.enough(seen, roundoff)
     code = _decide(seen, now, enough, solver)
     code, seen = settle(old.code == PROBING, code, quiet, before, seen, now, enough, sampled)

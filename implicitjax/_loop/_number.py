@@ -11,8 +11,8 @@ in units of the tolerance: the largest sample, and the larger of the last factor
 since the last power of two steps but one. That window forgets what a far guess has shown, and
 its length grows with the slowness of the solve; what round-off leaves is amplified by the largest
 sample of all. The residual may hide a tenth of itself in a slow mode. So it must be within a tenth
-of the tolerance; within the tolerance where it is a millionth of the first, since a mode that it
-hides then was hardly there at the start.
+of the tolerance; within the tolerance where it is a millionth of the first one and a tolerance is a
+millionth of the iterate, since a mode that it hides then was hardly there at the start.
 """
 
 from collections.abc import Callable, Sequence
@@ -27,7 +27,8 @@ from jaxtyping import Bool, Int
 from .._tree import cut, join, Number, Numbers, SMALL
 
 # The residual must be within this part of the tolerance, or less where a caller asks it, or down
-# to round-off. From where it has fallen to this part of the first, it must be within the tolerance.
+# to round-off. From where it is this part of the first, and a tolerance this part of the iterate,
+# it must be within the tolerance.
 PART, FALLEN = 0.1, 1e-6
 # A difference of residuals above so many times the round-off is a sample.
 ABOVE = 4.0
@@ -122,7 +123,6 @@ def see(seen: Seen, step: Int[Array, ""], now: Measured, sampled: bool) -> Seen:
     )
     better = now.residual < seen.best
     first = lax.select(seen.first > 0, seen.first, now.raw)
-    fallen = now.raw < FALLEN * first
     new = Seen(
         residual=now.residual,
         at=at,
@@ -141,7 +141,7 @@ def see(seen: Seen, step: Int[Array, ""], now: Measured, sampled: bool) -> Seen:
         raw=now.raw,
         first=first,
         falls=falls,
-        part=lax.select(fallen, np.ones(1, seen.part.dtype), seen.part),
+        part=seen.part,
     )
     error = amplification(new, sampled) * jnp.maximum(now.residual, now.roundoff)
     if sampled:
@@ -158,7 +158,7 @@ def _factors(now: Sequence[Number], before: Sequence[Number], steps: Sequence[Nu
 
 def take_sample(dx: Number, dr: Number, roundoff: Number) -> Number:
     """`|dx| / |dr|` where the difference of the residuals stands above round-off, else 0."""
-    return lax.select(dr > ABOVE * roundoff, dx / dr, jnp.zeros_like(dr))
+    return lax.select(dr > ABOVE * roundoff, dx / dr, np.zeros(1, dr.dtype))
 
 
 def amplification(seen: Seen, sampled: bool) -> Number:
@@ -167,12 +167,21 @@ def amplification(seen: Seen, sampled: bool) -> Number:
     if not sampled:
         return bound
     sample = jnp.maximum(seen.sample, seen.before)
-    return lax.select(sample > 0, jnp.maximum(sample, bound), jnp.full_like(bound, jnp.inf))
+    return lax.select(sample > 0, jnp.maximum(sample, bound), np.full(1, np.inf, bound.dtype))
 
 
 def still_to_go(rate: Number) -> Number:
     """Banach's `1 / (1 - q)`, infinite from 1 on."""
     return 1 / jnp.maximum(1 - rate, 0)
+
+
+def trust(seen: Seen, roundoff: Number, epsilon: float) -> Seen:
+    """Asks the tolerance itself of a residual that is a millionth of the first, where the iterate
+    is a million tolerances large: its `roundoff` in tolerances is `epsilon` of it. So neither a
+    near guess nor a far one excuses anything.
+    """
+    little = (seen.raw < FALLEN * seen.first) & (roundoff > epsilon / FALLEN)
+    return seen._replace(part=lax.select(little, np.ones(1, seen.part.dtype), seen.part))
 
 
 def enough(seen: Seen, roundoff: Number) -> Number:

@@ -1,6 +1,7 @@
 """What a loop learns by looking back: cycles, divergence, noise."""
 
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 from jaxtyping import Bool
 
@@ -19,7 +20,7 @@ def is_noise(seen: Seen, now: Measured) -> Bool[Array, " 1"]:
     `test_07_a_tolerance_below_roundoff_is_clamped_and_said_so`.)
     """
     fades = still_to_go(seen.mean)
-    patience = 64 + lax.select(fades < jnp.inf, fades, jnp.zeros_like(fades))
+    patience = 64 + lax.select(fades < jnp.inf, fades, np.zeros(1, fades.dtype))
     return (now.residual <= _NOISE * now.roundoff) & (seen.at - seen.best_at >= patience)
 
 
