@@ -240,8 +240,7 @@ def _judge(
     quiet = is_quiet(now, vectors[0], vectors[1], tolerances.packing)
     before = Seen(*_tree.cut(*old.seen))
     seen = _number.see(before, new.step, now, sampled)
-    seen = _number.trust(seen, roundoff, max(tolerances.epsilons))
-    enough = _number.enough(seen, roundoff)
+    enough = _number.enough(seen, roundoff, max(tolerances.epsilons))
     code = _decide(seen, now, enough, solver)
     code, seen = settle(old.code == PROBING, code, quiet, before, seen, now, enough, sampled)
     accepted, probing = code == ACCEPTED, code == PROBING
@@ -266,7 +265,7 @@ def _judge(
         x=_tree.where(accepted, old.x, new.x),
         ahead=perturb(new.ahead, probing, x, r, unit, now, seen.at, tolerances.packing),
         code=code,
-        look_at=new.step + _number.steps_to_go(seen) if solver.steady else new.look_at,
+        look_at=new.step + _number.steps_to_go(seen, enough) if solver.steady else new.look_at,
         seen=numbers,
         reference=reference,
         best=best,

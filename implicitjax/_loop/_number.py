@@ -27,8 +27,8 @@ from jaxtyping import Bool, Int
 from .._tree import cut, join, Number, Numbers, SMALL
 
 # The residual must be within this part of the tolerance, or less where a caller asks it, or down
-# to round-off. From where it is this part of the first, and a tolerance this part of the iterate,
-# it must be within the tolerance.
+# to round-off. Where it is this part of the first, and a tolerance this part of the iterate, it
+# must be within the tolerance.
 PART, FALLEN = 0.1, 1e-6
 # A difference of residuals above so many times the round-off is a sample.
 ABOVE = 4.0
@@ -68,7 +68,7 @@ class Seen(NamedTuple):
     - `raw`, `first`: the last and the first residual in the units of the unknown; the first that
       is not 0, since beside 0 every other would have grown beyond return.
     - `falls`: the factor of the last step in those units.
-    - `part`: what part of the tolerance the residual must be within; 1 once it has fallen far.
+    - `part`: what part of the tolerance the residual must be within.
     """
 
     residual: Number
@@ -122,7 +122,6 @@ def see(seen: Seen, step: Int[Array, ""], now: Measured, sampled: bool) -> Seen:
         (at - seen.at, at - earlier_at, at - seen.at),
     )
     better = now.residual < seen.best
-    first = lax.select(seen.first > 0, seen.first, now.raw)
     new = Seen(
         residual=now.residual,
         at=at,
@@ -139,7 +138,7 @@ def see(seen: Seen, step: Int[Array, ""], now: Measured, sampled: bool) -> Seen:
         best=lax.select(better, now.residual, seen.best),
         best_at=lax.select(better, at, seen.best_at),
         raw=now.raw,
-        first=first,
+        first=lax.select(seen.first > 0, seen.first, now.raw),
         falls=falls,
         part=seen.part,
     )
@@ -175,18 +174,16 @@ def still_to_go(rate: Number) -> Number:
     return 1 / jnp.maximum(1 - rate, 0)
 
 
-def trust(seen: Seen, roundoff: Number, epsilon: float) -> Seen:
-    """Asks the tolerance itself of a residual that is a millionth of the first, where the iterate
-    is a million tolerances large: its `roundoff` in tolerances is `epsilon` of it. So neither a
-    near guess nor a far one excuses anything.
+def enough(seen: Seen, roundoff: Number, epsilon: float) -> Number:
+    """The residual that is small enough: its part of the tolerance, or round-off.
+
+    All of the tolerance, where the residual is a millionth of the first one, and the iterate a
+    million tolerances large: its round-off is `epsilon` of it. By the first a near guess excuses
+    nothing, by the second no far one.
     """
     little = (seen.raw < FALLEN * seen.first) & (roundoff > epsilon / FALLEN)
-    return seen._replace(part=lax.select(little, np.ones(1, seen.part.dtype), seen.part))
-
-
-def enough(seen: Seen, roundoff: Number) -> Number:
-    """The residual that is small enough: its part of the tolerance, or round-off."""
-    return jnp.maximum(seen.part, LOST * roundoff)
+    part = lax.select(little, np.ones(1, seen.part.dtype), seen.part)
+    return jnp.maximum(part, LOST * roundoff)
 
 
 def within(error: Number, residual: Number, enough: Number) -> Bool[Array, " 1"]:
@@ -194,11 +191,11 @@ def within(error: Number, residual: Number, enough: Number) -> Bool[Array, " 1"]
     return (error <= 1) & (residual <= enough)
 
 
-def steps_to_go(seen: Seen) -> Int[Array, ""]:
+def steps_to_go(seen: Seen, enough: Number) -> Int[Array, ""]:
     """How many steps may pass before the next look: most of those that the rate foretells, at most
     as many as were taken, and 12, so that cycles of 2, 3, 4 and 6 iterates come back at a look.
     """
-    left = jnp.log(jnp.maximum(seen.error, seen.residual / seen.part))
+    left = jnp.log(jnp.maximum(seen.error, seen.residual / enough))
     falls = -1.25 * jnp.log(jnp.maximum(seen.last, seen.mean))
     falls = jnp.maximum(falls, float(jnp.finfo(left.dtype).tiny))
     most = jnp.minimum(seen.at, 12)
