@@ -15,8 +15,8 @@ class Result(eqx.Enumeration):
     # In the order of the codes in `_loop/_outcome.py`, as are the names below.
 
     converged = (
-        "The estimated error is within the tolerance, and the residual within a tenth of it, "
-        "down to round-off, or a millionth of the first one."
+        "The estimated error is within the tolerance, and the residual is small: within a tenth "
+        "of it, down to round-off, or within it and a millionth of the first."
     )
     max_steps_reached = (
         "The solve used up `max_steps` before it met the tolerance.\n"
