@@ -169,7 +169,7 @@ def _fixed_point(
         if isinstance(solver, Optimistix):
             x, outcome = _by_neighbour(f, x0, solver, scale, settings)
         else:
-            x, outcome = iterate(f, x0, solver, scale, settings)
+            x, outcome = iterate(f, x0, solver, scale, settings, reads=theta)
         if problem.root:
             more = outcome.num_evaluations + EVALUATIONS
             outcome = eqx.tree_at(lambda o: o.num_evaluations, outcome, more)

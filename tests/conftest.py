@@ -3,6 +3,7 @@
 The annotations of the package are checks.
 """
 
+import gc
 import os
 import pathlib
 import secrets
@@ -15,6 +16,10 @@ os.environ.setdefault(
     "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false "
     "--xla_cpu_parallel_codegen_split_count=1",
 )
+
+# Traces are many small objects that reference counting frees; to look through all of them for cycles
+# as often as Python does by default is a fifth of what the tests do.
+gc.set_threshold(200_000, 50, 100)
 
 # A new seed for the random cases in each run; the workers of pytest-xdist inherit it.
 os.environ.setdefault("IMPLICITJAX_SEED", str(secrets.randbits(32)))
@@ -68,8 +73,19 @@ def forget_programs():
     """
     yield
     maps = pathlib.Path("/proc/self/maps")
-    if not maps.exists() or maps.read_bytes().count(b"\n") > 10_000:
+    if not maps.exists() or maps.read_bytes().count(b"\n") > 20_000:
         jax.clear_caches()
+        gc.collect()  # a program may stand in a cycle
+
+
+@pytest.fixture
+def no_leaks():
+    """`jax.checking_leaks`, which looks through all objects after each trace, but for old ones."""
+    gc.collect()
+    gc.freeze()
+    with jax.checking_leaks():
+        yield
+    gc.unfreeze()
 
 
 @pytest.fixture

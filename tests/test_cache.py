@@ -292,16 +292,14 @@ def test_numbers_of_another_type_are_another_program():
         np.testing.assert_allclose(x, 0.5 * x**power + 0.1, rtol=1e-9)
 
 
-def test_a_closure_over_a_tracer_neither_leaks_nor_fails():
-    with jax.checking_leaks():
-        np.testing.assert_allclose(jax.grad(root)(4.0), 0.25, rtol=1e-8)
-        np.testing.assert_allclose(jax.jit(jax.grad(root))(9.0), 1 / 6, rtol=1e-8)
+def test_a_closure_over_a_tracer_neither_leaks_nor_fails(no_leaks):
+    np.testing.assert_allclose(jax.grad(root)(4.0), 0.25, rtol=1e-8)
+    np.testing.assert_allclose(jax.jit(jax.grad(root))(9.0), 1 / 6, rtol=1e-8)
 
 
-def test_a_traced_damping_neither_leaks_nor_fails():
+def test_a_traced_damping_neither_leaks_nor_fails(no_leaks):
     def solve(damping):
         return ij.implicit_fixed_point(jnp.cos, 1.0, solver=ij.Picard(damping=damping)).value
 
-    with jax.checking_leaks():
-        np.testing.assert_allclose(jax.jit(solve)(0.7), 0.7390851332151607, rtol=1e-9)
-        np.testing.assert_allclose(jax.grad(solve)(0.7), 0.0)
+    np.testing.assert_allclose(jax.jit(solve)(0.7), 0.7390851332151607, rtol=1e-9)
+    np.testing.assert_allclose(jax.grad(solve)(0.7), 0.0)

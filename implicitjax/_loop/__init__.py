@@ -2,6 +2,7 @@
 
 from ._finish import check_answer, check_guess
 from ._iterate import iterate, Known, Settings
+from ._lanes import as_lanes
 from ._outcome import CONVERGED, nothing_to_solve, Outcome
 from ._units import Tolerances
 
@@ -11,6 +12,7 @@ __all__ = [
     "Outcome",
     "Settings",
     "Tolerances",
+    "as_lanes",
     "check_answer",
     "check_guess",
     "iterate",

@@ -4,7 +4,7 @@ A solve has converged when its estimated error is within the tolerance, not its 
 `_number.py`. All norms are taken in units of the tolerance, `atol + rtol |x|`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -112,12 +112,13 @@ def iterate(
     tolerances: Tolerances,
     settings: Settings,
     known: Known | None = None,
+    reads: Sequence[Array] = (),
 ) -> tuple[list, Outcome]:
     """Iterates `x = f(x)` from `x0` until the estimated error is within the tolerance.
 
     `x0` is a list of inexact arrays and `f` maps such lists to such lists. Returns the last
     iterate (the best one, if it failed and `keep_best`) and the outcome. `known` is what an
-    earlier solve of the same system has shown.
+    earlier solve of the same system has shown, `reads` what `f` reads besides its argument.
     """
     watched = settings.history or callable(settings.progress) or not settings.early_stop
     rarely = solver.steady and not watched
@@ -178,7 +179,7 @@ def iterate(
 
     state = _start(x0, solver, tolerances, settings, known)
     if settings.early_stop and state.told is None:
-        state = _lanes.while_loop(running, body, state, free=("memory",))
+        state = _lanes.while_loop(running, body, state, free=("memory",), reads=reads)
     elif settings.early_stop:
         state = lax.while_loop(running, until_told, state)
     else:

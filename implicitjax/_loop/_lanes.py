@@ -23,11 +23,12 @@ def while_loop(
     body: Callable[[Any], Any],
     state: Any,
     free: Sequence[str],
+    reads: Sequence[Array] = (),
 ) -> Any:
     """`lax.while_loop`, which leaves the fields `free` of a lane that has ended to themselves.
 
-    `state` is a named tuple, from which it goes on at least once. Without `jax.vmap` it is
-    `lax.while_loop`.
+    `state` is a named tuple, from which it goes on at least once; `reads` is what the body reads
+    besides. Without `jax.vmap` it is `lax.while_loop`.
     """
 
     def step(carry: tuple) -> tuple:
@@ -37,8 +38,43 @@ def while_loop(
         s = held._replace(**{name: getattr(new, name) for name in free})
         return goes_on(s), s
 
-    first = (jnp.asarray(np.True_), state)
+    first = as_lanes((jnp.asarray(np.True_), state), list(reads))
     return lax.while_loop(lambda carry: _any_lane(carry[0]), step, first)[1]
+
+
+def as_lanes(state: Any, reads: Sequence[Array]) -> Any:
+    """The `state` before a loop; where an array of it or of `reads` is batched, all of it is.
+
+    `jax.vmap` traces the body of a loop again for every array that it finds to be batched late, and
+    that of a loop within a loop as often for each time.
+    """
+    leaves, structure = jax.tree.flatten(state)
+    return jax.tree.unflatten(structure, _alike(leaves, list(reads)))
+
+
+@jax.custom_jvp
+def _alike(leaves: list, reads: list) -> list:
+    return _batched_alike(leaves, reads)
+
+
+@_alike.defjvp
+def _(primals: tuple, tangents: tuple) -> tuple[list, list]:
+    return _alike(*primals), tangents[0]  # as of `_hold`
+
+
+@custom_vmap
+def _batched_alike(leaves: list, reads: list) -> list:
+    return leaves
+
+
+@_batched_alike.def_vmap
+def _(lanes: int, is_batched: Any, leaves: list, reads: list) -> tuple[list, list]:
+    # Not where a tangent alone is batched, nor where the axis of the lanes may be sharded.
+    sharded = any(_tree.explicitly_sharded(jnp.asarray(x)) for x in leaves)
+    if sharded or not any(jax.tree.leaves(is_batched)):
+        return leaves, is_batched[0]
+    several = lambda x, batched: x if batched else jnp.broadcast_to(x, (lanes, *x.shape))
+    return _alike(list(map(several, leaves, is_batched[0])), reads), [True] * len(leaves)
 
 
 @custom_vmap

@@ -158,7 +158,7 @@ def _derivatives(call: _Single) -> Iterator[jec.ClosedJaxpr]:
 
 def _batches(call: _Single) -> Iterator[jec.ClosedJaxpr]:
     """The traces of a call under `jax.vmap` by some of its operands."""
-    for batched in _few(_some(tuple(range(len(call.operands))))):
+    for batched in _some(tuple(range(len(call.operands)))):
         axes = tuple(0 if i in batched else None for i in range(len(call.operands)))
         lanes = [
             jax.ShapeDtypeStruct((2, *x.shape), x.dtype) if i in batched else x
@@ -168,9 +168,13 @@ def _batches(call: _Single) -> Iterator[jec.ClosedJaxpr]:
 
 
 def _few(choices: list) -> list:
-    if len(choices) > _CHOICES:
-        raise ValueError("too many to be traced")
+    _admit(len(choices))
     return choices
+
+
+def _admit(choices: int) -> None:
+    if choices > _CHOICES:
+        raise ValueError("too many to be traced")
 
 
 def _continuous(values: list) -> tuple[int, ...]:
@@ -179,7 +183,8 @@ def _continuous(values: list) -> tuple[int, ...]:
 
 
 def _some(items: tuple[int, ...]) -> list[tuple[int, ...]]:
-    """Every choice of some of them."""
+    """Every choice of some of them, if these are few."""
+    _admit(2 ** len(items) - 1)
     sizes = range(1, len(items) + 1)
     return [choice for n in sizes for choice in itertools.combinations(items, n)]
 

@@ -8,7 +8,7 @@ from jax import Array, lax
 from jaxtyping import Float
 
 from .. import _tree
-from .._loop import CONVERGED, iterate, Known, Settings, Tolerances
+from .._loop import as_lanes, CONVERGED, iterate, Known, Settings, Tolerances
 from .._packing import whole
 from ..solvers._anderson import Anderson
 from ._base import LinearSolution, measured, Operator, probe, Vector
@@ -84,7 +84,8 @@ def bounded(
     # Nothing is hidden where little is asked, nor where a mode must be slow indeed to be hidden.
     ask = (rtol < epsilon ** (1 / 3)) & (digits < _SLOW * rtol)
     first = jnp.where(ask, 0, 1)
-    return lax.while_loop(unfinished, again, (first.astype(jnp.int32), nothing, zero))[1]
+    state = as_lanes((first.astype(jnp.int32), nothing, zero), b)
+    return lax.while_loop(unfinished, again, state)[1]
 
 
 def _attempt(

@@ -173,10 +173,10 @@ class Anderson(LeafAware):
 
         # What the window has of the last difference, but for the slot that is due.
         V, U, S = state.V, state.U, state.S
-        whole, a = _tree.dot(dr, dr), _tree.dot(V, dr)
-        a, zeros = lax.select(state.active, a, jnp.zeros_like(a)), jnp.zeros_like(a)
+        whole, zeros = _tree.dot(dr, dr), np.zeros(m, residual.dtype)
+        a = lax.select(state.active, _tree.dot(V, dr), zeros)
         if S is None:
-            coupled = lax.select(state.active, jnp.abs(a), jnp.full_like(a, -1))
+            coupled = lax.select(state.active, jnp.abs(a), zeros - 1)
             slot = lax.argmin(coupled, 0, jnp.int32)
         else:
             slot = _due(jnp.maximum(state.slot, 0), state.active, a, whole)

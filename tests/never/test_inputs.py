@@ -72,18 +72,17 @@ def test_06_weak_and_integer_guesses_take_the_dtype_of_the_map():
 #    (More in `test_cache.py`.)
 
 
-def test_09_a_lambda_made_anew_over_a_tracer():
+def test_09_a_lambda_made_anew_over_a_tracer(no_leaks):
     """Under every transformation, with none of them leaking, and one program for all calls."""
 
     def root(a):
         return solve(lambda x: 0.5 * (x + a / x), 1.0).value
 
-    with jax.checking_leaks():
-        np.testing.assert_allclose(jax.jit(root)(4.0), 2.0, rtol=1e-9)
-        np.testing.assert_allclose(jax.grad(root)(4.0), 0.25, rtol=1e-8)
-        np.testing.assert_allclose(jax.jit(jax.jacfwd(jax.grad(root)))(4.0), -1 / 32, rtol=1e-7)
-        lanes = jax.vmap(jax.grad(root))(jnp.array([1.0, 4.0]))
-        np.testing.assert_allclose(lanes, [0.5, 0.25], rtol=1e-8)
+    np.testing.assert_allclose(jax.jit(root)(4.0), 2.0, rtol=1e-9)
+    np.testing.assert_allclose(jax.grad(root)(4.0), 0.25, rtol=1e-8)
+    np.testing.assert_allclose(jax.jit(jax.jacfwd(jax.grad(root)))(4.0), -1 / 32, rtol=1e-7)
+    lanes = jax.vmap(jax.grad(root))(jnp.array([1.0, 4.0]))
+    np.testing.assert_allclose(lanes, [0.5, 0.25], rtol=1e-8)
     numbers = [jnp.asarray(a) for a in (4.0, 9.0, 16.0)]
     root(numbers[0])
     before = programs(compiled_solve)
