@@ -17,10 +17,6 @@ os.environ.setdefault(
     "--xla_cpu_parallel_codegen_split_count=1",
 )
 
-# Traces are many small objects that reference counting frees; to look through all of them for cycles
-# as often as Python does by default is a fifth of what the tests do.
-gc.set_threshold(200_000, 50, 100)
-
 # A new seed for the random cases in each run; the workers of pytest-xdist inherit it.
 os.environ.setdefault("IMPLICITJAX_SEED", str(secrets.randbits(32)))
 
@@ -52,6 +48,10 @@ FILES = {p for p in PACKAGE.rglob("*.py") if p.name != "__init__.py"}
 FILES -= {PACKAGE / name for name in UNCHECKED}
 NAMES = [".".join(p.relative_to(ROOT).with_suffix("").parts) for p in sorted(FILES)]
 jaxtyping.install_import_hook(NAMES, "tests.conftest.checked")
+
+# A trace is many small objects. To look through all of them for cycles as often as Python does by
+# default is a fifth of what the tests do.
+gc.set_threshold(200_000, 50, 100)
 
 jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_rank_promotion", "raise")

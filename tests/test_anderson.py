@@ -208,6 +208,29 @@ def test_on_a_simplex_the_last_coordinate_costs_nothing():
     assert sum(whole) <= 1.1 * sum(reduced)
 
 
+def test_of_a_map_of_low_rank_the_other_unknowns_cost_nothing():
+    """All differences lie in as many directions as the map has; in those the solve is the same."""
+
+    def evaluations(f, n, *args):
+        return int(ij.implicit_fixed_point(f, jnp.zeros(n), *args).stats.num_evaluations)
+
+    whole, reduced = [], []
+    for rank in (4, 8):
+        for seed in range(4):
+            rng = np.random.default_rng(seed)
+            A, B = rng.normal(size=(100, rank)), rng.normal(size=(rank, 100)) / 10
+            rng.normal(size=(rank, rank))
+            args = (
+                jnp.asarray(A),
+                jnp.asarray(1.2 * B / rank**0.5),
+                jnp.asarray(rng.normal(size=rank)),
+            )
+            whole.append(evaluations(lambda x, A, B, c: A @ jnp.tanh(B @ x + c), 100, *args))
+            within = lambda y, A, B, c: jnp.tanh(B @ (A @ y) + c)
+            reduced.append(evaluations(within, rank, *args))
+    assert sum(whole) <= 1.1 * sum(reduced)
+
+
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_copies_of_an_unknown_cost_nothing(dtype):
     """Their differences span one direction: the window is that of one of them."""

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Iterator
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,10 +11,12 @@ import ml_dtypes
 import numpy as np
 import pytest
 from jax import Array
+from jax.custom_batching import custom_vmap
 
 import implicitjax as ij
 from implicitjax import _tree
 from implicitjax._loop import (
+    _lanes,
     _number,
     _probe,
     _watch,
@@ -891,6 +893,38 @@ RATES = np.asarray([[0.1, 0.9, 0.5], [0.99, 0.3, 0.7]])
 def lanes_of(solver: ij.AbstractSolver) -> Any:
     f = lambda x, q: 1 + q * jnp.tanh(x[::-1] * jnp.asarray([1.0, 0.5, 0.25, 2.0, 1.0]))
     return lambda q: ij.implicit_fixed_point(f, jnp.zeros(5), q, solver=solver, rtol=1e-11)
+
+
+class Chain(NamedTuple):
+    """A state of which each number is batched one round after the next."""
+
+    x: Any
+    y: Any
+    z: Any
+    left: Any
+
+
+def test_the_body_of_a_loop_is_batched_at_once():
+    """`jax.vmap` alone traces it anew for each array that it finds to be batched late."""
+    batched = []
+
+    @custom_vmap
+    def watched(x):
+        return x
+
+    @watched.def_vmap
+    def _(lanes, is_batched, x):
+        batched.append(is_batched)
+        return x, is_batched[0]
+
+    def solve(b):
+        body = lambda s: Chain(s.y, s.z, watched(s.z + b), s.left - 1)
+        zero = jnp.zeros(())
+        state = Chain(zero, zero, zero, jnp.asarray(3))
+        return _lanes.while_loop(lambda s: s.left > 0, body, state, (), [b]).x
+
+    np.testing.assert_array_equal(jax.vmap(solve)(jnp.arange(3.0)), [0, 1, 2])
+    assert batched == [[True]]
 
 
 @pytest.mark.parametrize(

@@ -18,16 +18,14 @@ from ._scale import combine, constant_length, length, sizes
 # Columns at the most: of up to so many unknowns, and of more.
 _COLUMNS, _LARGE, _FEWER = 20, 10**5, 10
 # The window starts anew where the square of what is new of a difference is this part of the whole
-# or less, and after a stall: so many steps, and half the columns, without a lesser residual.
-_NEW, _PATIENCE = 1e-6, 10
-# So many units of round-off in that square are nothing new.
-_NONE = 16.0
+# or less (so many units of round-off in it are nothing new), and after a stall: so many steps, and
+# half the columns, without a lesser residual.
+_NEW, _NONE, _PATIENCE = 1e-6, 16.0, 10
 # It starts anew, too, where the residual is so many times what the window left of the one before:
 # the first of these where it is the least one; else 1 and the second over the columns, but not more
-# than the third, which is that of an affine map.
-_FALLING, _MISLED, _MOST = 8.0, 10, 3.0
-# Below the first of these parts of the residual the window is emptied, below the second of a step
-# the solve gives up.
+# than the third, that of an affine map. Below the fourth part of that, what was left tells nothing.
+_FALLING, _MISLED, _MOST, _LITTLE = 8.0, 10, 3.0, 1e-6
+# Below these parts of the residual, and of a step, the window is emptied, and the solve gives up.
 _SHORT, _GIVES_UP = 2.0**-6, 2.0**-30
 
 
@@ -78,8 +76,8 @@ class Anderson(LeafAware):
     nothing is lost by it, as in the truncated method of He and others: slow modes stay known. A
     window as large as the unknown forgets the oldest difference, since there every direction is
     needed; where plain iteration leads nowhere, no difference replaces it that has next to nothing
-    of its direction. A map with fewer directions than unknowns, as on a simplex, fills fewer
-    columns; the oldest difference goes there as well.
+    of its direction. Where a map has fewer directions than columns, as on a simplex or of low rank,
+    the window soon has all of a difference; then the oldest goes, or the direction most like it.
 
     Safeguards, each measured in `benchmarks/`: a step that makes the residual ten times the least
     one, or not finite, is taken back, and the next one goes half as far along the residual; what
@@ -151,7 +149,7 @@ class Anderson(LeafAware):
         )
 
     def tried(self, state: AndersonState) -> Int[Array, " 3"]:
-        """Steps taken back, plain steps in the place of extrapolations, stalls."""
+        """Steps back, plain steps in the place of extrapolations, stalls."""
         return counts(state.guard)
 
     def step(
@@ -175,11 +173,8 @@ class Anderson(LeafAware):
         V, U, S = state.V, state.U, state.S
         whole, zeros = _tree.dot(dr, dr), np.zeros(m, residual.dtype)
         a = lax.select(state.active, _tree.dot(V, dr), zeros)
-        if S is None:
-            coupled = lax.select(state.active, jnp.abs(a), zeros - 1)
-            slot = lax.argmin(coupled, 0, jnp.int32)
-        else:
-            slot = _due(jnp.maximum(state.slot, 0), state.active, a, whole)
+        slot = _due(jnp.maximum(state.slot, 0), state.active, a, whole, in_turn=S is not None)
+        if S is not None:
             [a], V, U, S = _turn([a], V, U, S, slot)
         here = lax.iota(jnp.int32, m) == slot
         others = state.active & ~here
@@ -207,10 +202,10 @@ class Anderson(LeafAware):
         some = (size > 0) & (size < jnp.inf)
         shorten = 1 / lax.select(some, size, jnp.ones_like(size))
         v, u = _tree.where(some, (combine((shorten, v)), combine((shorten, u))), (nothing, nothing))
-        usable = some & teaches & started
-        active = (here & usable) | others
+        active = (here & some & teaches & started) | others
         V, U = _put(V, v, slot), _put(U, u, slot)
-        slot = lax.rem(slot + (started & finite).astype(slot.dtype), jnp.int32(m))
+        if S is not None:
+            slot = lax.rem(slot + (started & finite).astype(slot.dtype), jnp.int32(m))
 
         # The step: what the window leaves of the residual, and what it takes away.
         g = lax.select(active, _tree.dot(V, r), zeros)
@@ -220,12 +215,9 @@ class Anderson(LeafAware):
         step = _tree.sub(combine((d, rest)), away)
         against = jnp.zeros((), bool) if self.affine else _tree.dot(step, r) <= 0
         numbers, plain = choose_plain(guard, against, ~jnp.any(active))
-        known = jnp.any(others) & ~(back | plain)
-        left = (
-            None
-            if S is not None
-            else lax.select(known, constant_length(rest), jnp.full_like(size, jnp.inf))
-        )
+        if (left := None if S is not None else constant_length(rest)) is not None:
+            known = jnp.any(others) & ~(back | plain) & (left > _LITTLE * residual)
+            left = lax.select(known, left, jnp.full_like(left, jnp.inf))
         short = lax.select(short < _GIVES_UP, jnp.full_like(short, jnp.nan), short)
         step = combine((short, _tree.where(plain, combine((d, r)), step)))
         return [xi + si * di for xi, si, di in zip(x, scale, step, strict=True)], AndersonState(
@@ -253,16 +245,24 @@ def _put(columns: Iterate, column: Iterate, slot: Int[Array, ""]) -> Iterate:
 
 
 def _due(
-    slot: Int[Array, ""], active: Bool[Array, " m"], a: Float[Array, " m"], whole: Float[Array, ""]
+    slot: Int[Array, ""],
+    active: Bool[Array, " m"],
+    a: Float[Array, " m"],
+    whole: Float[Array, ""],
+    in_turn: bool,
 ) -> Int[Array, ""]:
-    """The column that a difference goes to: `slot`, or the oldest where that is empty and what the
-    window has of the difference, `a`, is the `whole` of it. So it is on a simplex.
+    """The column for a difference: the one that has least of it, or `in_turn` the `slot`; where
+    what all have, `a`, is the `whole` of it, the one that has most, or the oldest.
     """
     m, none = active.shape[0], _NONE * float(jnp.finfo(whole.dtype).eps)
     spanned = whole - jnp.sum(jnp.square(a)) <= none * whole  # not where that is NaN
-    filled = jnp.any(active & (lax.iota(jnp.int32, m) == slot))
-    oldest = lax.rem(slot + (m - jnp.sum(active, dtype=jnp.int32)), jnp.int32(m))
-    return lax.select(spanned & ~filled, oldest, slot)
+    if in_turn:
+        filled = jnp.any(active & (lax.iota(jnp.int32, m) == slot))
+        oldest = lax.rem(slot + (m - jnp.sum(active, dtype=jnp.int32)), jnp.int32(m))
+        return lax.select(spanned & ~filled, oldest, slot)
+    coupled = lax.select(active, jnp.abs(a), np.full(m, -1, a.dtype))
+    least, most = lax.argmin(coupled, 0, jnp.int32), lax.argmax(coupled, 0, jnp.int32)
+    return lax.select(spanned, most, least)
 
 
 def _turn(

@@ -90,10 +90,11 @@ def choose_plain(
     """
     guarded = against[None] & (guard.free == 0)
     plain = bare[None] | guarded
-    row = lax.select(plain, guard.plain + 1, jnp.zeros_like(guard.plain))
+    none, free = (np.full(1, c, guard.plain.dtype) for c in (0, _FREE))
+    row = lax.select(plain, guard.plain + 1, none)
     guard = guard._replace(
         plain=row,
-        free=lax.select(row >= _PLAIN, jnp.full_like(row, _FREE), jnp.maximum(guard.free - 1, 0)),
+        free=lax.select(row >= _PLAIN, free, jnp.maximum(guard.free - 1, 0)),
         guarded=guard.guarded + guarded.astype(row.dtype),
     )
     return join(guard), lax.squeeze(plain, (0,))
