@@ -1,5 +1,6 @@
 """Anderson acceleration."""
 
+import functools
 from typing import ClassVar
 
 import equinox as eqx
@@ -149,7 +150,7 @@ class Anderson(LeafAware):
         )
 
     def tried(self, state: AndersonState) -> Int[Array, " 3"]:
-        """Steps back, plain steps in the place of extrapolations, stalls."""
+        """Steps taken back, plain steps in the place of extrapolations, stalls."""
         return counts(state.guard)
 
     def step(
@@ -215,7 +216,9 @@ class Anderson(LeafAware):
         step = _tree.sub(combine((d, rest)), away)
         against = jnp.zeros((), bool) if self.affine else _tree.dot(step, r) <= 0
         numbers, plain = choose_plain(guard, against, ~jnp.any(active))
-        if (left := None if S is not None else constant_length(rest)) is not None:
+        left = None
+        if S is None:
+            left = constant_length(rest)
             known = jnp.any(others) & ~(back | plain) & (left > _LITTLE * residual)
             left = lax.select(known, left, jnp.full_like(left, jnp.inf))
         short = lax.select(short < _GIVES_UP, jnp.full_like(short, jnp.nan), short)
@@ -236,12 +239,9 @@ class Anderson(LeafAware):
 
 def _put(columns: Iterate, column: Iterate, slot: Int[Array, ""]) -> Iterate:
     """The columns with a new one in that slot."""
-    return [
-        lax.dynamic_update_slice(
-            ci, vi[None], (slot, *[np.int32(0)] * vi.ndim), allow_negative_indices=False
-        )
-        for ci, vi in zip(columns, column, strict=True)
-    ]
+    put = functools.partial(lax.dynamic_update_slice, allow_negative_indices=False)
+    start = lambda v: (slot, *[np.int32(0)] * v.ndim)
+    return [put(ci, vi[None], start(vi)) for ci, vi in zip(columns, column, strict=True)]
 
 
 def _due(
