@@ -70,7 +70,7 @@ def _batched_alike(leaves: list, reads: list) -> list:
 @_batched_alike.def_vmap
 def _(lanes: int, is_batched: Any, leaves: list, reads: list) -> tuple[list, list]:
     # Not where a tangent alone is batched, nor where the axis of the lanes may be sharded.
-    sharded = any(_tree.explicitly_sharded(jnp.asarray(x)) for x in leaves)
+    sharded = any(_tree.explicitly_sharded(jnp.asarray(x)) for x in (*leaves, *reads))
     if sharded or not any(jax.tree.leaves(is_batched)):
         return leaves, is_batched[0]
     several = lambda x, batched: x if batched else jnp.broadcast_to(x, (lanes, *x.shape))

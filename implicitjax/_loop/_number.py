@@ -24,7 +24,7 @@ import numpy as np
 from jax import Array, lax
 from jaxtyping import Bool, Int
 
-from .._tree import cut, explicitly_sharded, join, Number, Numbers, SMALL
+from .._tree import cut, join, Number, Numbers, SMALL
 
 # The residual must be within this part of the tolerance, or less where a caller asks it, or down
 # to round-off. Where it is this part of the first, and a tolerance this part of the iterate, it
@@ -211,7 +211,7 @@ def measure(norm: Callable[[list], Array], vectors: Sequence[list]) -> list[Numb
     if any(leaf.size >= SMALL for leaf, *_ in rows):
         norms = jnp.stack([norm(vector) for vector in vectors])
     else:
-        norms = jax.vmap(norm)([_stacked(_alike(leaves)) for leaves in rows])
+        norms = jax.vmap(norm)([jnp.stack(_alike(leaves)) for leaves in rows])
     return cut(jnp.minimum(norms, float(jnp.finfo(norms.dtype).max)))
 
 
@@ -219,10 +219,3 @@ def _alike(leaves: Sequence[Array]) -> list[Array]:
     """In one dtype: a vector of sizes is real also where the unknown is complex."""
     dtype = max(leaves, key=jnp.iscomplexobj).dtype
     return [leaf.astype(dtype) for leaf in leaves]
-
-
-def _stacked(leaves: Sequence[Array]) -> Array:
-    """The leaves as rows; of vectors, by one operation."""
-    if leaves[0].ndim != 1 or any(map(explicitly_sharded, leaves)):
-        return jnp.stack(leaves)
-    return lax.reshape(lax.concatenate(leaves, 0), (len(leaves), leaves[0].size))

@@ -181,7 +181,7 @@ class Anderson(LeafAware):
         others = state.active & ~here
         a = lax.select(others, a, zeros)
         empty = stalled | (back & (fraction < _SHORT))
-        same = ~(whole - jnp.sum(jnp.square(a)) > _NEW * whole)
+        same = jnp.sum(jnp.square(a)) >= (1 - _NEW) * whole
         teaches = finite
         if state.left is not None:
             limits = _MOST if self.affine else min(1 + _MISLED / m, _MOST), _FALLING
@@ -254,13 +254,13 @@ def _due(
     """The column for a difference: the one that has least of it, or `in_turn` the `slot`; where
     what all have, `a`, is the `whole` of it, the one that has most, or the oldest.
     """
-    m, none = active.shape[0], _NONE * float(jnp.finfo(whole.dtype).eps)
-    spanned = whole - jnp.sum(jnp.square(a)) <= none * whole  # not where that is NaN
+    m, squares, none = active.shape[0], jnp.square(a), _NONE * float(jnp.finfo(whole.dtype).eps)
+    spanned = jnp.sum(squares) >= (1 - none) * whole  # not where that is NaN
     if in_turn:
         filled = jnp.any(active & (lax.iota(jnp.int32, m) == slot))
         oldest = lax.rem(slot + (m - jnp.sum(active, dtype=jnp.int32)), jnp.int32(m))
         return lax.select(spanned & ~filled, oldest, slot)
-    coupled = lax.select(active, jnp.abs(a), np.full(m, -1, a.dtype))
+    coupled = lax.select(active, squares, np.full(m, -1, a.dtype))
     least, most = lax.argmin(coupled, 0, jnp.int32), lax.argmax(coupled, 0, jnp.int32)
     return lax.select(spanned, most, least)
 
