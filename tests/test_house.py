@@ -30,6 +30,7 @@ FLOORS = [
     "solvers/_scale",
     "solvers/_picard",
     "solvers/_safeguard",
+    "solvers/_window",
     "solvers/_anderson",
     "progress",
     "solvers/_broyden",

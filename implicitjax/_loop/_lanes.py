@@ -38,7 +38,7 @@ def while_loop(
         s = held._replace(**{name: getattr(new, name) for name in free})
         return goes_on(s), s
 
-    first = as_lanes((jnp.asarray(np.True_), state), list(reads))
+    first = as_lanes((jnp.asarray(np.True_), state), reads)
     return lax.while_loop(lambda carry: _any_lane(carry[0]), step, first)[1]
 
 

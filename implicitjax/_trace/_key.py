@@ -139,7 +139,8 @@ def _derivatives(call: _Single) -> Iterator[jec.ClosedJaxpr]:
     choices = [(operands, results)]
     if call.eqn.params.get("symbolic_zeros"):  # the rule sees which tangents there are
         choices = [*itertools.product(_some(operands), [results] if forward else _some(results))]
-    for moving, wanted in _few(choices):
+    _admit(len(choices))
+    for moving, wanted in choices:
 
         def along(at: list, seeds: list, moving: tuple = moving, wanted: tuple = wanted) -> Any:
             """The derivative of some of the results by some of the operands."""
@@ -165,11 +166,6 @@ def _batches(call: _Single) -> Iterator[jec.ClosedJaxpr]:
             for i, x in enumerate(call.operands)
         ]
         yield jax.make_jaxpr(jax.vmap(call.__call__, in_axes=axes))(*lanes)
-
-
-def _few(choices: list) -> list:
-    _admit(len(choices))
-    return choices
 
 
 def _admit(choices: int) -> None:

@@ -1,6 +1,5 @@
 """Anderson acceleration."""
 
-import functools
 from typing import ClassVar
 
 import equinox as eqx
@@ -15,16 +14,17 @@ from .._check import damping_factor, positive_int_or_none
 from ._base import Iterate, LeafAware, Map
 from ._safeguard import check_step, choose_plain, counts, unguarded
 from ._scale import combine, constant_length, length, sizes
+from ._window import due, least_or_most, put, record, turn
 
 # Columns at the most: of up to so many unknowns, and of more.
 _COLUMNS, _LARGE, _FEWER = 20, 10**5, 10
 # The window starts anew where the square of what is new of a difference is this part of the whole
-# or less (so many units of round-off in it are nothing new), and after a stall: so many steps, and
-# half the columns, without a lesser residual.
-_NEW, _NONE, _PATIENCE = 1e-6, 16.0, 10
+# or less, and after a stall: so many steps, and half the columns, without a lesser residual.
+_NEW, _PATIENCE = 1e-6, 10
 # It starts anew, too, where the residual is so many times what the window left of the one before:
 # the first of these where it is the least one; else 1 and the second over the columns, but not more
-# than the third, that of an affine map. Below the fourth part of that, what was left tells nothing.
+# than the third, that of an affine map. What was left tells nothing where it is the fourth part of
+# its residual, or less.
 _FALLING, _MISLED, _MOST, _LITTLE = 8.0, 10, 3.0, 1e-6
 # Below these parts of the residual, and of a step, the window is emptied, and the solve gives up.
 _SHORT, _GIVES_UP = 2.0**-6, 2.0**-30
@@ -41,7 +41,7 @@ class AndersonState(eqx.Module):
     - `U`: the same combinations of the differences of iterates.
     - `S`: those combinations, one a column, or `None` where there are more unknowns than columns.
     - `active`: which of the `m` columns are in use.
-    - `left`: the length of `r - V g` at the last iterate, infinite where little is known of it;
+    - `left`: the length of `r - V g` at the last iterate, infinite where it tells little,
       and after a plain step; `None` beside `S`.
     - `guard`: which steps are plain, and which are taken back, the numbers of a `Safeguard`,
       joined.
@@ -174,9 +174,11 @@ class Anderson(LeafAware):
         V, U, S = state.V, state.U, state.S
         whole, zeros = _tree.dot(dr, dr), np.zeros(m, residual.dtype)
         a = lax.select(state.active, _tree.dot(V, dr), zeros)
-        slot = _due(jnp.maximum(state.slot, 0), state.active, a, whole, in_turn=S is not None)
-        if S is not None:
-            [a], V, U, S = _turn([a], V, U, S, slot)
+        if S is None:
+            slot = least_or_most(state.active, a, whole)
+        else:
+            slot = due(jnp.maximum(state.slot, 0), state.active, a, whole)
+            [a], V, U, S = turn([a], V, U, S, slot)
         here = lax.iota(jnp.int32, m) == slot
         others = state.active & ~here
         a = lax.select(others, a, zeros)
@@ -204,7 +206,7 @@ class Anderson(LeafAware):
         shorten = 1 / lax.select(some, size, jnp.ones_like(size))
         v, u = _tree.where(some, (combine((shorten, v)), combine((shorten, u))), (nothing, nothing))
         active = (here & some & teaches & started) | others
-        V, U = _put(V, v, slot), _put(U, u, slot)
+        V, U = put(V, v, slot), put(U, u, slot)
         if S is not None:
             slot = lax.rem(slot + (started & finite).astype(slot.dtype), jnp.int32(m))
 
@@ -230,71 +232,8 @@ class Anderson(LeafAware):
             r=raw,
             V=V,
             U=U,
-            S=None if S is None else lax.select(teaches, _record(S, a, shorten, here, others), S),
+            S=None if S is None else lax.select(teaches, record(S, a, shorten, here, others), S),
             active=active,
             left=left,
             guard=numbers,
         )
-
-
-def _put(columns: Iterate, column: Iterate, slot: Int[Array, ""]) -> Iterate:
-    """The columns with a new one in that slot."""
-    put = functools.partial(lax.dynamic_update_slice, allow_negative_indices=False)
-    start = lambda v: (slot, *[np.int32(0)] * v.ndim)
-    return [put(ci, vi[None], start(vi)) for ci, vi in zip(columns, column, strict=True)]
-
-
-def _due(
-    slot: Int[Array, ""],
-    active: Bool[Array, " m"],
-    a: Float[Array, " m"],
-    whole: Float[Array, ""],
-    in_turn: bool,
-) -> Int[Array, ""]:
-    """The column for a difference: the one that has least of it, or `in_turn` the `slot`; where
-    what all have, `a`, is the `whole` of it, the one that has most, or the oldest.
-    """
-    m, squares, none = active.shape[0], jnp.square(a), _NONE * float(jnp.finfo(whole.dtype).eps)
-    spanned = jnp.sum(squares) >= (1 - none) * whole  # not where that is NaN
-    if in_turn:
-        filled = jnp.any(active & (lax.iota(jnp.int32, m) == slot))
-        oldest = lax.rem(slot + (m - jnp.sum(active, dtype=jnp.int32)), jnp.int32(m))
-        return lax.select(spanned & ~filled, oldest, slot)
-    coupled = lax.select(active, squares, np.full(m, -1, a.dtype))
-    least, most = lax.argmin(coupled, 0, jnp.int32), lax.argmax(coupled, 0, jnp.int32)
-    return lax.select(spanned, most, least)
-
-
-def _turn(
-    a: Iterate, V: Iterate, U: Iterate, S: Float[Array, "m m"], slot: Int[Array, ""]
-) -> tuple[Iterate, Iterate, Iterate, Float[Array, "m m"]]:
-    """The same window in a basis of which column `slot` alone holds some of difference `slot`, and
-    the coefficients `a` in that basis.
-
-    So to replace that column is to forget that difference. Row `slot` of `S` is what every column
-    holds of it. Householder's reflection `I - 2 h h^T / h^T h` takes that row to a multiple of the
-    unit vector (*Journal of the ACM* 5, 1958).
-    """
-    here = (lax.iota(jnp.int32, S.shape[0]) == slot).astype(S.dtype)
-    row = here @ S
-    size = length([row])
-    row = row / lax.select(size > 0, size, jnp.ones_like(size))
-    h = row + jnp.where(here @ row > 0, here, -here)
-    weights = jnp.outer(h, h) * (2 / (h @ h))
-    turned = lambda columns: [
-        ci - jnp.tensordot(weights.astype(ci.dtype), ci, 1, precision="highest") for ci in columns
-    ]
-    return turned(a), turned(V), turned(U), S - S @ weights
-
-
-def _record(
-    S: Float[Array, "m m"],
-    a: Float[Array, " m"],
-    shorten: Float[Array, ""],
-    here: Bool[Array, " m"],
-    others: Bool[Array, " m"],
-) -> Float[Array, "m m"]:
-    """`S` with the new column in place: the difference less `a` of the others, shortened."""
-    S = jnp.where(others[:, None] & others[None], S, 0)
-    column = shorten * (here.astype(S.dtype) - S @ a)
-    return S + jnp.outer(column, here.astype(S.dtype))
