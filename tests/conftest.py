@@ -4,19 +4,22 @@ The annotations of the package are checks.
 """
 
 import gc
-import importlib.metadata
 import os
 import pathlib
 import secrets
+from importlib.metadata import version
+
+from packaging.version import Version
 
 # Compiling is most of what the tests do, and how well tiny programs are optimised is not tested.
 # The older emitters of XLA's CPU backend, which jaxlib 0.11.1 no longer has, take a third of the
 # time of the newer ones, and a worker has one core. XLA ends the process at a flag that it does not
 # know. The notebooks and the tour run with the defaults.
-_flags = ["--xla_backend_optimization_level=0", "--xla_cpu_parallel_codegen_split_count=1"]
-if tuple(int(part) for part in importlib.metadata.version("jaxlib").split(".")[:2]) < (0, 11):
-    _flags.append("--xla_cpu_use_fusion_emitters=false")
-os.environ.setdefault("XLA_FLAGS", " ".join(_flags))
+os.environ.setdefault(
+    "XLA_FLAGS",
+    "--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1"
+    + " --xla_cpu_use_fusion_emitters=false" * (Version(version("jaxlib")) < Version("0.11")),
+)
 
 # A new seed for the random cases in each run; the workers of pytest-xdist inherit it.
 os.environ.setdefault("IMPLICITJAX_SEED", str(secrets.randbits(32)))
