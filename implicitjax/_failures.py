@@ -151,7 +151,7 @@ def _(raiser: Callable[..., None] | None, primals: tuple, tangents: tuple) -> tu
     (failed, operands, x, theta), (_, _, x_dot, theta_dot) = primals, tangents
     tell = raiser and functools.partial(raise_if, raiser=raiser, operands=operands)
     # One linear map: what is not differentiated has a tangent of zeros here.
-    moving = lax.optimization_barrier([t for t in theta_dot if t.dtype != jax.dtypes.float0])
+    moving = _tree.together([t for t in theta_dot if t.dtype != jax.dtypes.float0])
     marked = mark_failed(moving, failed, tell)
     marks = [m - t for m, t in zip(marked, moving, strict=True)]
     mark = functools.reduce(jnp.add, [jnp.sum(jnp.real(m)) for m in marks], jnp.zeros(()))

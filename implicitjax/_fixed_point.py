@@ -201,7 +201,8 @@ def _raise_if_failed(
     if concrete and int(outcome.code) == CONVERGED:
         return state, aux
     paths = tuple(problem.paths[i] for i in problem.roles.feedback)
-    failure = ConvergenceFailure(paths, problem.kind, answered)
+    rounded = jax.default_backend() != "cpu" and problem.rounded
+    failure = ConvergenceFailure(paths, problem.kind, answered, rounded)
     numbers = {
         "numbers": jax.lax.stop_gradient(outcome.numbers),
         "code": outcome.code,
@@ -223,11 +224,13 @@ class ConvergenceFailure:
     - `paths`: the paths of the leaves of the unknown.
     - `what`: what was looked for; `answered`: whether another solver had answered, whose answer was
       found wrong.
+    - `rounded`: whether this device computes products of the map in less than its dtype.
     """
 
     paths: tuple[str, ...]
     what: str
     answered: bool
+    rounded: bool
 
     def __call__(self, failed: Any, operands: dict[str, Any]) -> None:
         """Called on the host with concrete numbers."""
@@ -241,6 +244,7 @@ class ConvergenceFailure:
             "contraction_rate": rate,
             "leaf": self.paths[int(found["worst"])],
             "tried": found.get("tried", ()),
+            "rounded": self.rounded,
         }
         if self.answered:
             raise ConvergenceError(refused_message(self.what, info, lane))

@@ -104,7 +104,7 @@ class Guess:
         moving = [
             jnp.where(d, t, 0).astype(t.dtype) for d, t in zip(decided, J(x0_dot), strict=True)
         ]
-        moving = lax.optimization_barrier(moving)  # one linear map: all leaves move
+        moving = _tree.together(moving)  # one linear map
         return lax.custom_linear_solve(lambda v: v, moving, forward, transpose_solve=transposed)
 
     def _any(self, flags: list) -> Bool[Array, " leaves"]:

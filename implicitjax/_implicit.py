@@ -17,12 +17,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
 from jaxtyping import PyTree
 
 from ._guess import Guess, instantiate
-from ._tree import nan_like, sub
+from ._tree import nan_like, sub, together
 
 Vector = list[Array]
 LinearSolve = Callable[[Callable[[Vector], Vector], Vector, PyTree], Vector]
@@ -49,7 +50,7 @@ def by_jvp(
         if any(moving):
             B = _pushforward(lambda part: F(_merge(moving, part, θ), x), _pick(moving, θ))
             θ_dot = mark(_pick(moving, θ_dot), outcome)
-            b = lax.optimization_barrier(B(θ_dot))  # one linear map: all leaves of b move
+            b = together(B(θ_dot))
             x_dot = linear_solve(lambda v: sub(v, J(v)), b, outcome)
         x_dot = guess.along(x0_dot, J, x, outcome, x_dot)
         return (x, outcome), (x_dot, jax.tree.map(_no_tangent, outcome))
@@ -106,8 +107,10 @@ def _by_rule_alone(x: Vector, outcome: PyTree) -> tuple[Vector, PyTree]:
         value = one == 1  # in a tangent it is zero
         return [one, *(lax.select(value, a, nan_like(a)) for a in leaves)]
 
-    b = lax.optimization_barrier([jnp.ones((), x[0].real.dtype), *x])  # all leaves of b move
-    return lax.custom_linear_solve(lambda b: b, b, solve)[1:], outcome
+    x = together(x)
+    sum_of_x = jnp.sum(x[0].real)
+    one = lax.select(np.asarray(False), sum_of_x, np.ones((), sum_of_x.dtype))  # it moves with x
+    return lax.custom_linear_solve(lambda b: b, [one, *x], solve)[1:], outcome
 
 
 def _linearize(f: Callable, x: Vector) -> Callable[[Vector], Vector]:

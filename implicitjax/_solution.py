@@ -205,7 +205,7 @@ def convergence_message(what: str, result: str, info: dict[str, Any], lane: str 
         f"  the estimated error is {_times(info['ratio'])} the tolerance, and the last steps "
         f"multiplied the residual by {info['contraction_rate']:.4g} each\n"
         f"  the worst leaf is {info['leaf']}\n"
-        f"{efforts}{advice}\n"
+        f"{efforts}{advice}\n{_ROUNDED if info['rounded'] else ''}"
         'Pass `on_failure="return"` for the best iterate with its result, or "nan" for NaN.\n'
         f"{_DIAGNOSE[what]}"
     )
@@ -220,6 +220,7 @@ def refused_message(what: str, info: dict[str, Any], lane: str = "") -> str:
         "  (a) Ask the solver for more, or loosen `rtol` and `atol`, which by default are "
         "`eps^(2/3)` of the dtype, 3.7e-11 in float64 and 2.4e-5 in float32.\n"
         "  (b) The solver may have stopped without a solution.\n"
+        f"{_ROUNDED if info['rounded'] else ''}"
         'Pass `on_failure="return"` for the best iterate, or "nan" for NaN.\n'
         f"{_DIAGNOSE[what].replace('solution.value', 'x')}"
     )
@@ -244,6 +245,10 @@ def derivative_message(what: str, info: dict[str, Any], lane: str = "") -> str:
     )
 
 
+_ROUNDED = (
+    "  (*) This device rounds the factors of products in float32 to TF32 or bfloat16, and this map "
+    'has such: solve within `jax.default_matmul_precision("highest")`.\n'
+)
 _LOOK = " measures which of these it is, and what would help."
 _DIAGNOSE = {
     "fixed point": f"`ij.diagnose(f, solution.value, *args)`{_LOOK}",

@@ -85,6 +85,28 @@ def where(condition: Bool[Array, ""], x: PyTree, y: PyTree) -> PyTree:
     return jax.tree.map(lambda xi, yi: lax.select(condition, xi, yi), x, y)
 
 
+def matmul(a: Array, b: Array) -> Array:
+    """A product in the precision of its dtype: by default a GPU rounds factors to TF32, a TPU to
+    bfloat16.
+    """
+    return jnp.matmul(a, b, precision="highest")
+
+
+def together(x: Sequence[Array]) -> list[Array]:
+    """The arrays; where a derivative moves one of them, it moves all.
+
+    JAX cannot transpose a linear solve of whose right-hand side some arrays are constant. XLA
+    leaves nothing of this: it never takes the sum. (Of `lax.optimization_barrier`, which joined
+    them once, JAX 0.11 has no transpose if some are constant.)
+    """
+    if len(x) < 2:
+        return list(x)
+    dtype = accumulation_dtype(x)
+    all_of_them = _total([jnp.sum(jnp.real(xi).astype(dtype)) for xi in x], dtype)
+    other = lambda xi: jnp.zeros_like(xi) + all_of_them.astype(xi.dtype)
+    return [lax.select(np.asarray(False), other(xi), xi) for xi in x]
+
+
 def call_if(condition: Bool[Array, ""], f: Callable[[PyTree], PyTree], x: PyTree) -> PyTree:
     """`f(x)` if the scalar `condition` holds, else `x`, which `f(x)` must be like.
 

@@ -117,3 +117,34 @@ def test_the_map_stands_twice_with_aux_or_outputs(solver):
     assert count(solution(with_aux, solver, has_aux=True), z, of="cos") == 2
     guess = {"z": z, "sum": jnp.zeros(()), "twice": z}
     assert count(solution(with_outputs, solver), guess, of="cos") == 2
+
+
+@pytest.mark.parametrize(
+    "keywords",
+    [
+        *({"solver": s} for s in [*SOLVERS, ij.Anderson(memory=3), ij.Newton()]),
+        *(
+            {"adjoint": ij.ImplicitAdjoint(linear_solver=s)}
+            for s in (ij.AutoLinearSolver(), ij.DenseLU(), ij.GMRES(), ij.BiCGStab(), ij.Neumann())
+        ),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("size", [6, 600])
+def test_no_product_is_rounded_to_less_than_its_dtype(keywords, size):
+    """By default a GPU rounds the factors of a product in float32 to TF32, a TPU to bfloat16."""
+
+    def total(a):
+        f = lambda x: jnp.cos(a * x)
+        solution = ij.implicit_fixed_point(f, jnp.ones_like(a), on_failure="nan", **keywords)
+        return jnp.sum(solution.value)
+
+    def lanes(a):
+        return jax.vmap(jax.grad(total))(a[None] * jnp.ones((2, 1), a.dtype))
+
+    a = jnp.linspace(0.1, 0.9, size, dtype=jnp.float32)
+    for program in (total, jax.grad(total), lanes):
+        found = equations(jax.make_jaxpr(program)(a).jaxpr)
+        products = [e.params["precision"] for e in found if e.primitive.name == "dot_general"]
+        highest = (jax.lax.Precision.HIGHEST, jax.lax.Precision.HIGHEST)
+        assert all(precision == highest for precision in products)

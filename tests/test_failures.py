@@ -111,7 +111,7 @@ def test_the_traceback_of_an_eager_solve_has_two_frames_of_the_package():
 @pytest.mark.parametrize("what", ["fixed point", "root"])
 def test_the_words_of_every_failure_are_few(result, what):
     info = {"num_steps": 3, "residual_norm": 1.0, "ratio": 2.0, "contraction_rate": 0.5}
-    info |= {"leaf": "x0", "tried": np.array([3, 0, 2])}
+    info |= {"leaf": "x0", "tried": np.array([3, 0, 2]), "rounded": False}
     words = convergence_message(what, result, info, " in lane 1")
     assert "  it tried 3 steps taken back, 2 fresh windows\n" in words
     assert "tried" not in convergence_message(what, result, info | {"tried": ()})
@@ -286,3 +286,25 @@ def test_a_complex_derivative_that_does_not_exist_is_nan_in_both_parts():
 
     tangent = jax.jvp(solve, (jnp.asarray(0.0j),), (jnp.asarray(1.0 + 0.0j),))[1]
     assert np.isnan(tangent.real) and np.isnan(tangent.imag)
+
+
+@pytest.mark.parametrize(
+    ("backend", "dtype", "precision", "said"),
+    [
+        ("gpu", jnp.float32, None, True),
+        ("gpu", jnp.float32, "default", True),
+        ("gpu", jnp.float32, "highest", False),
+        ("gpu", jnp.float64, None, False),
+        ("cpu", jnp.float32, None, False),
+    ],
+)
+def test_a_device_that_rounds_products_is_named(backend, dtype, precision, said, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    W, b = 2 * jnp.eye(3, dtype=dtype), jnp.ones(3, dtype)
+    f = lambda x: jax.jit(lambda x: W @ x + b)(x)
+    with (
+        jax.default_matmul_precision(precision),
+        pytest.raises(ij.ConvergenceError) as caught,
+    ):
+        ij.implicit_fixed_point(f, b, solver=ij.Picard())
+    assert ('jax.default_matmul_precision("highest")' in str(caught.value)) is said

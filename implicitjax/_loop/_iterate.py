@@ -28,7 +28,7 @@ from ._outcome import (
     RUNNING,
     STAGNATED,
 )
-from ._probe import is_quiet, perturb, settle
+from ._probe import perturb, settle, stands_out
 from ._units import normalise, Tolerances
 
 
@@ -238,12 +238,12 @@ def _judge(
     norms = _number.measure(settings.norm, vectors)
     residual, roundoff, raw, dx = norms[:4]
     now, sampled = Measured(residual, roundoff, raw, dx, norms[-1]), not solver.steady
-    quiet = is_quiet(now, vectors[0], vectors[1], tolerances.packing)
+    loud = stands_out(now, vectors[0], vectors[1], tolerances.packing)
     before = Seen(*_tree.cut(*old.seen))
     seen = _number.see(before, new.step, now, sampled)
     enough = _number.enough(seen, roundoff, max(tolerances.epsilons))
     code = _decide(seen, now, enough, solver)
-    code, seen = settle(old.code == PROBING, code, quiet, before, seen, now, enough, sampled)
+    code, seen = settle(old.code == PROBING, code, loud, before, seen, now, enough, sampled)
     accepted, probing = code == ACCEPTED, code == PROBING
     numbers = _tree.join(seen)
     if solver.takes_back:  # a value that is not finite shows nothing

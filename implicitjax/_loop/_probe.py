@@ -23,19 +23,19 @@ from ._outcome import ACCEPTED, choose, CONVERGED, PROBING
 _DISTANCE = 2.0
 
 
-def is_quiet(now: Measured, r: list, roundoff: list, packing: Packing) -> Bool[Array, " 1"]:
-    """Whether the residual of some leaf is down to round-off, or NaN; in units."""
+def stands_out(now: Measured, r: list, roundoff: list, packing: Packing) -> Bool[Array, " 1"]:
+    """Whether the residual of every leaf stands above round-off; not if it is NaN. In units."""
     if len(packing.order) == 1:
-        return ~(now.residual > _number.LOST * now.roundoff)
+        return now.residual > _number.LOST * now.roundoff
     shown, noise = (packing.leaf_means(list(map(_tree.squares, v))) for v in (r, roundoff))
     pairs = zip(shown, noise, strict=True)
-    return _tree.any_of([~(s > _number.LOST**2 * n) for s, n in pairs])[None]
+    return ~_tree.any_of([~(s > _number.LOST**2 * n) for s, n in pairs])[None]
 
 
 def settle(
     probed: Bool[Array, ""],
     code: Int[Array, " 1"],
-    quiet: Bool[Array, " 1"],
+    loud: Bool[Array, " 1"],
     old: Seen,
     seen: Seen,
     now: Measured,
@@ -45,12 +45,12 @@ def settle(
     """The code, and the numbers: whether this iterate asks for a probe; and where it is the probe
     itself, whether the iterate before, of which `old` tells, is accepted.
 
-    - `probed`: whether this iterate is a probe; `quiet`: whether some leaf is.
+    - `probed`: whether this iterate is a probe; `loud`: whether every residual stands out.
     - `code`, `seen`, `now`: of this iterate; `enough`: the residual that is small.
     """
     confirmed, error = _confirms(old, seen, now, enough, sampled)
-    accepted = probed & ~quiet & confirmed
-    asks = _asks(code, quiet, seen, now, enough, sampled)
+    accepted = probed & loud & confirmed
+    asks = _asks(code, ~loud, seen, now, enough, sampled)
     seen = seen._replace(
         error=lax.select(accepted, error, seen.error),
         residual=lax.select(accepted, old.residual, seen.residual),

@@ -23,7 +23,7 @@ from jax.interpreters import partial_eval
 from jaxtyping import Bool
 
 from . import _labels
-from ._equation import apply, CALLS, COPIES, CUSTOM, ELEMENTWISE, opened
+from ._equation import apply, CALLS, COPIES, CUSTOM, ELEMENTWISE, opened, scan_operands
 from ._flow import identities, inexact
 from ._labels import EXACT, GIVEN, Labelled, MANY
 
@@ -235,14 +235,12 @@ def _cond(eqn: jec.JaxprEqn, operands: list[Labelled]) -> list:
 
 
 def _scan(eqn: jec.JaxprEqn, operands: list[Labelled]) -> list:
-    p = eqn.params
-    fixed, carry = p["num_consts"], p["num_carry"]
-    out = _opaque(eqn, operands)
-    if not p["length"]:
+    (fixed, carry), out = scan_operands(eqn), _opaque(eqn, operands)
+    if not eqn.params["length"]:
         return out
     slices = [Labelled(x.value[0], MANY) for x in operands[fixed + carry :]]
     start = operands[fixed : fixed + carry]
-    return _rounds(p["jaxpr"], operands[:fixed], start, slices, out)
+    return _rounds(eqn.params["jaxpr"], operands[:fixed], start, slices, out)
 
 
 def _while(eqn: jec.JaxprEqn, operands: list[Labelled]) -> list:

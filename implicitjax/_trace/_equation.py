@@ -36,6 +36,14 @@ def opened(jaxpr: jec.Jaxpr | jec.ClosedJaxpr) -> jec.Jaxpr:
     return jaxpr.jaxpr if isinstance(jaxpr, jec.ClosedJaxpr) else jaxpr
 
 
+def scan_operands(eqn: jec.JaxprEqn) -> tuple[int, int]:
+    """How many operands of a scan are constants, and how many are carried."""
+    if "ft_in" in eqn.params:  # since JAX 0.11
+        consts, carry, _ = eqn.params["ft_in"].unpack()
+        return len(consts), len(carry)
+    return eqn.params["num_consts"], eqn.params["num_carry"]
+
+
 @functools.cache
 def _empty() -> jec.Jaxpr:
     return jax.make_jaxpr(lambda: ())().jaxpr

@@ -9,7 +9,7 @@ import jax
 import jax.extend.core as jec
 import numpy as np
 
-from ._equation import alone, CALLS, COPIES, CUSTOM, opened
+from ._equation import alone, CALLS, COPIES, CUSTOM, opened, scan_operands
 from ._view import Flow, stationary, union, View
 
 
@@ -216,7 +216,7 @@ def _derivative_is_identity(eqn: jec.JaxprEqn, i: int, k: int) -> bool:
 
 
 def _scan(eqn: jec.JaxprEqn, operands: list[Flow]) -> list[Flow]:
-    consts, carry = eqn.params["num_consts"], eqn.params["num_carry"]
+    consts, carry = scan_operands(eqn)
     fixed, start, xs = (
         operands[:consts],
         operands[consts : consts + carry],

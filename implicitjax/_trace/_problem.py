@@ -9,11 +9,13 @@ from typing import Any
 import jax
 import jax.extend.core as jec
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 from jax.core import eval_jaxpr
 from jax.interpreters import partial_eval
 from jaxtyping import Bool, PyTree
 
+from .._jaxpr import open_constants
 from ._axes import coupled_axes, subjaxprs
 from ._call import Call, is_array, split_call, Static
 from ._entries import carried_entries
@@ -49,7 +51,7 @@ class Problem:
     ):
         jaxpr, self.root = closed.jaxpr, root
         self.num_consts = len(jaxpr.constvars)
-        self.jaxpr = _open_constants(jaxpr)
+        self.jaxpr = open_constants(jaxpr)
         self.state_tree, self.statics = call.trees[1], seen["statics"]
         self.aux_tree, self.aux_statics = seen["aux_tree"], seen["aux_statics"]
         self.dtypes = tuple(v.aval.dtype for v in self.jaxpr.invars)  # pyright: ignore[reportAttributeAccessIssue]
@@ -69,6 +71,11 @@ class Problem:
         """State and `aux` as the map returned them, from their arrays."""
         value = jax.tree.unflatten(self.state_tree, _fill(self.statics, state))
         return value, jax.tree.unflatten(self.aux_tree, _fill(self.aux_statics, aux))
+
+    @property
+    def rounded(self) -> bool:
+        """Whether the map has products in float32 whose precision is the default of the device."""
+        return _some(_is_rounded, self.jaxpr)
 
     @property
     def kind(self) -> str:
@@ -139,7 +146,7 @@ class Problem:
     def pullback_only(self) -> bool:
         """Whether what feeds back goes through a function with a pullback alone."""
         jaxpr, _ = self._part(self.roles.feedback)
-        return _contains(jaxpr, "custom_vjp_call")
+        return _some(_is_custom_vjp, jaxpr)
 
     @functools.cached_property
     def coupled_axes(self) -> tuple[Hashable, ...]:
@@ -251,15 +258,18 @@ def _paths(call: Call, arrays: list) -> tuple[str, ...]:
     return tuple("x0" + jax.tree_util.keystr(path) for (path, _), i in named if i is not None)
 
 
-def _open_constants(jaxpr: jec.Jaxpr) -> jec.Jaxpr:
-    """The jaxpr with its constants as its first inputs."""
-    invars = [*jaxpr.constvars, *jaxpr.invars]
-    names = jaxpr.debug_info.with_unknown_names()
-    return jaxpr.replace(constvars=[], invars=invars, debug_info=names)
+def _some(test: Callable[[jec.JaxprEqn], bool], jaxpr: jec.Jaxpr) -> bool:
+    """Whether it holds for an equation, also of a jaxpr within."""
+    return any(test(eqn) or any(_some(test, sub) for sub in subjaxprs(eqn)) for eqn in jaxpr.eqns)
 
 
-def _contains(jaxpr: jec.Jaxpr, name: str) -> bool:
-    return any(
-        eqn.primitive.name == name or any(_contains(sub, name) for sub in subjaxprs(eqn))
-        for eqn in jaxpr.eqns
-    )
+def _is_custom_vjp(eqn: jec.JaxprEqn) -> bool:
+    return eqn.primitive.name == "custom_vjp_call"
+
+
+def _is_rounded(eqn: jec.JaxprEqn) -> bool:
+    if eqn.primitive.name not in ("dot_general", "conv_general_dilated"):
+        return False
+    factors: Any = [v.aval for v in eqn.invars]
+    single = any(aval.dtype in (np.float32, np.complex64) for aval in factors)
+    return single and eqn.params["precision"] in (None, (lax.Precision.DEFAULT,) * 2)

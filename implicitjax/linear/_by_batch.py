@@ -8,6 +8,7 @@ from jax import lax
 from jax.core import eval_jaxpr
 from jax.custom_batching import custom_vmap
 
+from .._jaxpr import open_constants
 from ._base import LinearSolution, Operator, Vector
 
 Solve = Callable[..., LinearSolution]
@@ -28,7 +29,7 @@ def by_batch(
     `in_turn`: on a CPU a batch is solved one by one. `more`: arrays.
     """
     closed = jax.make_jaxpr(A)(b)
-    jaxpr, consts = closed.jaxpr, closed.consts
+    jaxpr, consts = open_constants(closed.jaxpr), closed.consts
     del closed  # the rule outlives this trace, and must not hold its tracers
 
     # What `A` reads is an argument, so that a batch of it is seen.
@@ -36,7 +37,7 @@ def by_batch(
         return lambda consts, rest: solve(lambda v: closed_over(consts, v), *rest)
 
     def closed_over(consts: list, v: Vector) -> Vector:
-        return eval_jaxpr(jaxpr, consts, *v)
+        return eval_jaxpr(jaxpr, (), *consts, *v)
 
     chosen = _choose(of(single), of(shared), of(batched), in_turn)
     return chosen(consts, (b, *more))

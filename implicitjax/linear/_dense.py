@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float
 
-from .._tree import call_if
+from .._tree import call_if, matmul
 from ._base import LinearSolution, Operator, PrecisionAware, probe, Vector
 from ._by_batch import by_batch
 
@@ -91,9 +91,9 @@ def factorise(A: Operator, b: Vector, epsilon: float) -> LinearSolution:
     u = jax.scipy.linalg.lu_solve(factors, rhs)
     # `A = I - J` may have cancelled what its entries were formed with.
     formed = jnp.eye(n, dtype=rhs.dtype) + jnp.abs(jnp.eye(n, dtype=rhs.dtype) - matrix)
-    g = epsilon * (formed @ jnp.abs(u) + jnp.abs(rhs))
+    g = epsilon * (matmul(formed, jnp.abs(u)) + jnp.abs(rhs))
     s = probe([rhs, rhs])
-    samples = jnp.stack([rhs - matrix @ u, s[0] * g, s[1] * g], axis=1)
+    samples = jnp.stack([rhs - matmul(matrix, u), s[0] * g, s[1] * g], axis=1)
     correction, *errors = jax.scipy.linalg.lu_solve(factors, samples).T
     u = u + correction
     norm_u, error = jnp.linalg.norm(u), jnp.linalg.norm(jnp.stack(errors))
@@ -104,7 +104,7 @@ def factorise(A: Operator, b: Vector, epsilon: float) -> LinearSolution:
     gauge = lambda _: _without_gauge(matrix, formed, rhs, epsilon)
     u, trusted = call_if(singular, gauge, (u, regular))
     norm_b = jnp.linalg.norm(rhs)
-    left = rhs - jnp.where(decided, 0.0, matrix @ u)
+    left = rhs - jnp.where(decided, 0.0, matmul(matrix, u))
     residual = jnp.linalg.norm(left) / jnp.where(norm_b > 0, norm_b, 1.0)
     return LinearSolution(
         value=_unravel(u, b),
@@ -125,7 +125,7 @@ def _without_gauge(
     rows = 1 / jnp.max(formed, axis=1)
     columns = 1 / jnp.max(formed * rows[:, None], axis=0)
     left, values, right = jnp.linalg.svd(matrix * rows[:, None] * columns[None])
-    along = left.T @ (rhs * rows)
+    along = matmul(left.T, rhs * rows)
     # In double precision no regular matrix of use is so near to singular, and the right-hand side
     # may hold what the tolerance of the value has left.
     round_off = max(rhs.size * epsilon, epsilon ** (2 / 3) if epsilon < 1e-10 else 0.0)
@@ -133,5 +133,5 @@ def _without_gauge(
     kept = jnp.where(free, values[0], values)
     along_free = jnp.where(free, jnp.abs(along), 0.0)
     consistent = jnp.max(along_free) <= round_off * jnp.linalg.norm(along)
-    u = columns * (right.T @ jnp.where(free, 0.0, along / kept))
+    u = columns * matmul(right.T, jnp.where(free, 0.0, along / kept))
     return u, consistent & (jnp.min(kept) >= epsilon ** (2 / 3) * values[0])

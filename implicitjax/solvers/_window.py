@@ -7,6 +7,7 @@ import numpy as np
 from jax import Array, lax
 from jaxtyping import Bool, Float, Int
 
+from .._tree import matmul
 from ._base import Iterate
 from ._scale import length
 
@@ -61,15 +62,15 @@ def turn(
     unit vector (*Journal of the ACM* 5, 1958).
     """
     here = (lax.iota(jnp.int32, S.shape[0]) == slot).astype(S.dtype)
-    row = here @ S
+    row = matmul(here, S)
     size = length([row])
     row = row / lax.select(size > 0, size, jnp.ones_like(size))
-    h = row + jnp.where(here @ row > 0, here, -here)
-    weights = jnp.outer(h, h) * (2 / (h @ h))
+    h = row + jnp.where(matmul(here, row) > 0, here, -here)
+    weights = jnp.outer(h, h) * (2 / matmul(h, h))
     turned = lambda columns: [
         ci - jnp.tensordot(weights.astype(ci.dtype), ci, 1, precision="highest") for ci in columns
     ]
-    return turned(a), turned(V), turned(U), S - S @ weights
+    return turned(a), turned(V), turned(U), S - matmul(S, weights)
 
 
 def record(
@@ -81,5 +82,5 @@ def record(
 ) -> Float[Array, "m m"]:
     """`S` with the new column in place: the difference less `a` of the others, shortened."""
     S = jnp.where(others[:, None] & others[None], S, 0)
-    column = shorten * (here.astype(S.dtype) - S @ a)
+    column = shorten * (here.astype(S.dtype) - matmul(S, a))
     return S + jnp.outer(column, here.astype(S.dtype))

@@ -41,6 +41,8 @@ def test_21_nothing_of_a_failed_solve_leaves_jit_without_a_word(of):
 TRAINING = """
     import jax, jax.numpy as jnp, implicitjax as ij
 
+    jax.config.update("jax_default_matmul_precision", "float32")  # no TF32, see docs/choosing.md
+
     def layer(W, x):
         f = lambda z: jnp.tanh(W @ z + x)
         adjoint = ij.ImplicitAdjoint(linear_solver={solver})

@@ -30,27 +30,40 @@ def same(f: Any, g: Any, x0: Any = 1.0) -> bool:
     return trace(f, x0, (), False)[0] == trace(g, x0, (), False)[0]
 
 
+def within_context(context):
+    def run(f, value, x):
+        with context(value):
+            return f(x)
+
+    return run
+
+
+def on(f, where, x):
+    if jax.__version_info__ < (0, 11):
+        return within_context(compute_on)(f, where, x)
+    keywords: Any = {"compute_type": where, "out_memory_spaces": jax.memory.Space.Device}
+    return compute_on(f, **keywords)(x)
+
+
 CONTEXTS = {
-    "threefry": (jax.threefry_partitionable, True, False),
-    "metadata": (lambda n: set_xla_metadata(label=n), 1, 2),
-    "compute on": (compute_on, "device_host", "device"),
-    "matmul precision": (jax.default_matmul_precision, "highest", "bfloat16"),
-    "generator": (jax.default_prng_impl, "threefry2x32", "rbg"),
+    "threefry": (within_context(jax.threefry_partitionable), True, False),
+    "metadata": (within_context(lambda n: set_xla_metadata(label=n)), 1, 2),
+    "compute on": (on, "device_host", "device"),
+    "matmul precision": (within_context(jax.default_matmul_precision), "highest", "bfloat16"),
+    "generator": (within_context(jax.default_prng_impl), "threefry2x32", "rbg"),
 }
 
 
 @pytest.mark.filterwarnings("ignore:jax.experimental.compute_on")
 @pytest.mark.parametrize("name", CONTEXTS)
 def test_18_the_context_of_an_operation_is_part_of_it(name):
-    context, one, other = CONTEXTS[name]
+    run, one, other = CONTEXTS[name]
 
-    def within(value: Any) -> Any:
-        def f(x):
-            with context(value):
-                noise = jax.random.uniform(jax.random.key(0), (4,), x.dtype)
-                return 0.1 * (jnp.eye(4) @ x) + noise
+    def f(x):
+        noise = jax.random.uniform(jax.random.key(0), (4,), x.dtype)
+        return 0.1 * (jnp.eye(4) @ x) + noise
 
-        return f
+    within = lambda value: lambda x: run(f, value, x)
 
     assert same(within(one), within(one), np.ones(4))
     assert not same(within(one), within(other), np.ones(4))
