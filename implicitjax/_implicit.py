@@ -97,9 +97,9 @@ def _pushforward(f: Callable, x: Any) -> Callable:
 def _by_rule_alone(x: Vector, outcome: PyTree) -> tuple[Vector, PyTree]:
     """`x`, whose tangent is NaN, and which has no cotangent, unless the rule makes them.
 
-    Reverse mode through a `lax.scan` drops the `custom_jvp` of what stands in it. A forward
-    derivative of that gradient would go through the iterations: zero where they began at the
-    solution.
+    Before JAX 0.12, reverse mode through a `lax.scan` drops the `custom_jvp` of what stands in it. A
+    forward derivative of that gradient would go through the iterations: zero where they began at
+    the solution.
     """
 
     def solve(_: Callable, b: Vector) -> Vector:

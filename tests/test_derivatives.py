@@ -36,7 +36,7 @@ def test_hessians_in_all_four_orders(outer, inner):
 
 
 def test_a_forward_derivative_of_reverse_mode_through_a_scan_is_right_or_refused():
-    """There JAX drops the rule, before 0.11. The iterations began at the solution: their derivative
+    """There JAX drops the rule, before 0.12. The iterations began at the solution: their derivative
     is zero.
     """
 
@@ -47,7 +47,7 @@ def test_a_forward_derivative_of_reverse_mode_through_a_scan_is_right_or_refused
         return jax.lax.scan(lambda c, k: (c + root(k), None), 0.0, jnp.asarray([1.0, 8.0]))[0]
 
     np.testing.assert_allclose(jax.grad(total)(8.0), 3 / 12, rtol=1e-9)
-    refused = jnp.nan if jax.__version_info__ < (0, 11) else -3 / 144
+    refused = jnp.nan if jax.__version_info__ < (0, 12) else -3 / 144
     np.testing.assert_allclose(jax.jacfwd(jax.grad(total))(8.0), refused, rtol=1e-9)
     np.testing.assert_allclose(jax.jacrev(jax.jacfwd(total))(8.0), -3 / 144, rtol=1e-9)
 

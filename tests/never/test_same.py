@@ -39,7 +39,7 @@ def within_context(context):
 
 
 def on(f, where, x):
-    if jax.__version_info__ < (0, 11):
+    if jax.__version_info__ < (0, 11, 1):
         return within_context(compute_on)(f, where, x)
     keywords: Any = {"compute_type": where, "out_memory_spaces": jax.memory.Space.Device}
     return compute_on(f, **keywords)(x)
