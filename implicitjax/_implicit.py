@@ -97,8 +97,8 @@ def _pushforward(f: Callable, x: Any) -> Callable:
 def _by_rule_alone(x: Vector, outcome: PyTree) -> tuple[Vector, PyTree]:
     """`x`, whose tangent is NaN, and which has no cotangent, unless the rule makes them.
 
-    Before JAX 0.12, reverse mode through a `lax.scan` drops the `custom_jvp` of what stands in it. A
-    forward derivative of that gradient would go through the iterations: zero where they began at
+    Before JAX 0.12, reverse mode through a `lax.scan` drops the `custom_jvp` of what stands in it.
+    A forward derivative of that gradient would go through the iterations: zero where they began at
     the solution.
     """
 
