@@ -129,6 +129,18 @@ EQUIVALENT: dict[tuple[str, str], str] = {
         "residual = norm(normalise(_tree.sub(x0, fx0), unit))",
     ): "Only the norm of the difference is used.",
     (
+        "_loop/_iterate.py",
+        "dx, dr = _tree.sub(x_old, x), _tree.sub(r, _tree.sub(fx_old, x_old))",
+    ): "Only the norm of the difference is used.",
+    (
+        "_loop/_number.py",
+        "most = lax.select((least >= most), least, most) # NaN beside a value that is not finite",
+    ): "Either is taken where they are equal.",
+    (
+        "_loop/_probe.py",
+        "shown = (now.residual >= 0) # the norm may be 0 where `r`, computed once more, is not",
+    ): "What is infinite or no number is astray as what is zero.",
+    (
         "_trace/_entries.py",
         "slices = [Labelled(x.value[1], MANY) for x in operands[fixed + carry :]]",
     ): "The labels say that nothing is known of the value.",

@@ -212,6 +212,21 @@ def test_the_factor_in_the_units_of_the_unknown_is_that_of_the_raw_residual():
     np.testing.assert_allclose([seen.last[0], seen.falls[0]], [0.25, 0.8], rtol=1e-14)
 
 
+@pytest.mark.parametrize(
+    ("dr", "roundoff", "sample", "most"),
+    [
+        (0.5, 0.05, 6.0, 6.0),
+        (0.1, 0.05, 0.0, 15.0),  # four times round-off is 0.2
+        (0.0, 0.05, 0.0, 15.0),
+        (0.0, 0.0, 0.0, 0.0),
+    ],
+)
+def test_a_step_that_round_off_hides_has_amplified_so_much_at_least(dr, roundoff, sample, most):
+    now = measured(residual=1.0, raw=1.0, dx=3.0, dr=dr, roundoff=roundoff)
+    seen = _number.see(nothing(), jnp.asarray(1, jnp.int32), now, True)
+    np.testing.assert_allclose([seen.sample[0], seen.most[0]], [sample, most], rtol=1e-14)
+
+
 def test_what_was_best_and_first_is_kept():
     seen = last(watch([8.0, 3.0, 2.0, 5.0, 2.0]))
     assert [float(v[0]) for v in (seen.best, seen.best_at, seen.first)] == [2.0, 2.0, 8.0]
