@@ -121,10 +121,6 @@ UNTOLD = "test_distribution test_documents test_house".split()
 # Why no test can tell a mutant from the code, by its file and the line that it has put there.
 EQUIVALENT: dict[tuple[str, str], str] = {
     (
-        "_trace/_flow.py",
-        "if flows[0].alias and all(flow.alias == flows[1].alias for flow in flows):",
-    ): "All are equal to the second where all are equal to the first.",
-    (
         "_loop/_finish.py",
         "residual = norm(normalise(_tree.sub(x0, fx0), unit))",
     ): "Only the norm of the difference is used.",
@@ -136,10 +132,6 @@ EQUIVALENT: dict[tuple[str, str], str] = {
         "_loop/_number.py",
         "most = lax.select((least >= most), least, most) # NaN beside a value that is not finite",
     ): "Either is taken where they are equal.",
-    (
-        "_loop/_probe.py",
-        "shown = (now.residual >= 0) # the norm may be 0 where `r`, computed once more, is not",
-    ): "What is infinite or no number is astray as what is zero.",
     (
         "_trace/_entries.py",
         "slices = [Labelled(x.value[1], MANY) for x in operands[fixed + carry :]]",

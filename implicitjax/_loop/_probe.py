@@ -120,8 +120,8 @@ def perturb(
     """
 
     def probe(ahead: list) -> list:
-        shown = now.residual > 0  # the norm may be 0 where `r`, computed once more, is not
-        stretch = lax.select(shown, _DISTANCE / now.residual, np.zeros(1, now.dx.dtype))
+        # The norm may be 0 where `r`, computed once more, is not: then what comes of it is astray.
+        stretch = _DISTANCE / jnp.maximum(now.residual, float(jnp.finfo(now.dx.dtype).tiny))
         farthest = 2 * _DISTANCE * _tree.size(x) ** 0.5  # twice what one entry can be of that
         ways = packing.spread([float(k) for k in range(len(packing.order))])
         vectors = zip(x, r, unit, ways, strict=True)

@@ -253,8 +253,9 @@ def _cond(eqn: jec.JaxprEqn, operands: list[Flow]) -> list[Flow]:
     branches = [_flow(opened(branch), rest) for branch in eqn.params["branches"]]
     outputs = []
     for flows in zip(*branches, strict=True):
-        if flows[0].alias and all(flow.alias == flows[0].alias for flow in flows):
-            outputs.append(flows[0])
+        first, *others = flows
+        if first.alias and all(flow.alias == first.alias for flow in others):
+            outputs.append(first)
         else:
             exact = all(flow.exact for flow in flows)
             hands = functools.reduce(operator.or_, (flow.hands for flow in flows))
