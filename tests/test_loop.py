@@ -498,6 +498,8 @@ def test_a_guess_whose_residual_is_small_is_probed_where_it_shows_nothing():
     small, guess = measured(residual=0.05), looking_back(at=0.0, sample=0.0)
     assert settled(RUNNING, nothing(), guess, small, quiet=True)[0] == PROBING
     assert settled(RUNNING, nothing(), guess, small)[0] == RUNNING
+    enough = measured(residual=_number.PART)
+    assert settled(RUNNING, nothing(), guess, enough, quiet=True)[0] == PROBING
     beside = looking_back(at=0.0, sample=2.0)  # an iterate that was known before
     assert settled(RUNNING, nothing(), beside, small)[0] == PROBING
     assert settled(RUNNING, nothing(), beside, measured(residual=0.2))[0] == RUNNING
@@ -672,6 +674,13 @@ def test_it_looks_along_the_residual_and_else_towards_zero():
     r = np.array([0.79, 0.81, -1.59, -3.3])  # the last by more than eight tolerances
     expected = [1.0 + 0.79, -2.0 + 0.81, -1.59, 3.0 - 0.8]
     np.testing.assert_allclose(aside(r, 2.0), expected, rtol=1e-14)
+
+
+def test_a_complex_number_is_moved_towards_zero():
+    x, r, unit = [jnp.asarray([3j, 3 + 4j, 0j])], [jnp.zeros(3, complex)], [jnp.ones(3)]
+    more = (measured(residual=0.0), number(0.0), whole(x))
+    moved = _probe.perturb(x, jnp.asarray(True), x, r, unit, *more)[0]
+    np.testing.assert_allclose(moved, [1j, (3 + 4j) * 3 / 5, 2], rtol=1e-14)
 
 
 def test_after_the_guess_leaves_are_moved_by_different_parts_at_each_step():
