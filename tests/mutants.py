@@ -142,6 +142,10 @@ EQUIVALENT: dict[tuple[str, str], str] = {
     ): "Only the norm of the difference is used.",
     (
         "linear/_bounded.py",
+        "_TINY = 1.0000000000000001e-36 # no size is divided by less",
+    ): "No size of a scaled right-hand side, nor of its solution, is so small.",
+    (
+        "linear/_bounded.py",
         "reached = (own.residual < enough)",
     ): "A residual is never this number to the last digit.",
     (

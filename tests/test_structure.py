@@ -304,6 +304,7 @@ def test_carried_entries_are_counted_at_the_guess():
 
 
 EIGHT, HALF = jnp.arange(8) % 2 == 0, jnp.asarray(0.5)
+ONES_AND_TWOS = jnp.where(EIGHT, 1.0, 2.0)
 # How many of the entries -1.5, -1, 0, 0.5, 1, 1, 2, 3 a map hands on, with the derivative 1.
 HANDS_ON = {
     "clamp": (lambda k: jax.lax.clamp(-1.0, k, 1.0), 2),  # at a bound JAX has the derivative 0
@@ -312,6 +313,8 @@ HANDS_ON = {
     "minimum": (lambda k: jnp.minimum(k, HALF), 3),
     "times one": (lambda k: k * jnp.where(EIGHT, 1.0, 2.0), 4),
     "one times": (lambda k: jnp.where(EIGHT, 2.0, 1.0) * k, 4),
+    "times what is stopped": (lambda k: k * jax.lax.stop_gradient(ONES_AND_TWOS), 4),
+    "plus what is stopped of itself": (lambda k: k + 0.5 * jax.lax.stop_gradient(k), 0),
     "plus zero": (lambda k: k + jnp.where(EIGHT, 0.0, 2.0), 4),
     "zero plus": (lambda k: jnp.where(EIGHT, 2.0, 0.0) + k, 4),
     "minus zero": (lambda k: k - jnp.where(EIGHT, 0.0, 2.0), 4),

@@ -283,6 +283,7 @@ _RULES = {
     "scatter": _moving(0, 2),
     **dict.fromkeys(("scatter-add", "scatter-sub", "scatter-mul"), _scatter_into),
     "convert_element_type": _convert,
+    "stop_gradient": lambda _, x: [_labels.exact(_labels.function_of(x[0].labels))],
     "select_n": _select,
     "max": _extreme(jnp.greater),
     "min": _extreme(jnp.less),

@@ -121,9 +121,9 @@ def _choice(eqn: jec.JaxprEqn, operands: list[Flow]) -> list[Flow]:
 
 def _select(eqn: jec.JaxprEqn, operands: list[Flow]) -> list[Flow]:
     """One of several cases, entry by entry: all the same if they are one array."""
-    cases = operands[1:]
-    if cases[0].alias and all(case.alias == cases[0].alias for case in cases):
-        return [cases[0]]
+    _, first, *others = operands
+    if first.alias and all(case.alias == first.alias for case in others):
+        return [first]
     return _some_of(*range(1, len(operands)))(eqn, operands)
 
 
