@@ -97,7 +97,7 @@ def together(x: Sequence[Array]) -> list[Array]:
 
     JAX cannot transpose a linear solve of whose right-hand side some arrays are constant. XLA
     leaves nothing of this: it never takes the sum. (Of `lax.optimization_barrier`, which joined
-    them once, JAX 0.11 has no transpose if some are constant.)
+    them once, JAX 0.11.2 has no transpose if some are constant.)
     """
     if len(x) < 2:
         return list(x)

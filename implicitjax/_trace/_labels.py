@@ -69,7 +69,7 @@ def is_itself(labels: Array) -> Array:
 
 
 def exact(labels: Any) -> Any:
-    """Those of an integer or a boolean: what is given has no derivative."""
+    """Those of an integer, or of what is stopped: what is given has no derivative."""
     if isinstance(labels, int):
         return EXACT if labels == GIVEN else labels
     return jnp.where(labels == GIVEN, EXACT, labels)
