@@ -175,7 +175,7 @@ class Anderson(LeafAware):
         whole, zeros = _tree.dot(dr, dr), np.zeros(m, residual.dtype)
         a = lax.select(state.active, _tree.dot(V, dr), zeros)
         if S is None:
-            slot = least_or_most(state.active, a, whole)
+            slot = least_or_most(state.active, a, whole, self.affine)
         else:
             slot = due(jnp.maximum(state.slot, 0), state.active, a, whole)
             [a], V, U, S = turn([a], V, U, S, slot)

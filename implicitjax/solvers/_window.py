@@ -28,15 +28,21 @@ def _spans(squares: Float[Array, " m"], whole: Float[Array, ""]) -> Bool[Array, 
 
 
 def least_or_most(
-    active: Bool[Array, " m"], a: Float[Array, " m"], whole: Float[Array, ""]
+    active: Bool[Array, " m"],
+    a: Float[Array, " m"],
+    whole: Float[Array, ""],
+    affine: bool,
 ) -> Int[Array, ""]:
     """The column that has least of a difference, of which each has `a`; or most, where they have
-    the `whole` of it, as of a map of low rank.
+    the `whole` of it, as of a map of low rank. One that is affine is solved by then; of an affine
+    map the little that is new counts.
     """
     squares = jnp.square(a)
     coupled = lax.select(active, squares, np.full(a.shape, -1, a.dtype))
-    least, most = lax.argmin(coupled, 0, jnp.int32), lax.argmax(coupled, 0, jnp.int32)
-    return lax.select(_spans(squares, whole), most, least)
+    least = lax.argmin(coupled, 0, jnp.int32)
+    if affine:
+        return least
+    return lax.select(_spans(squares, whole), lax.argmax(coupled, 0, jnp.int32), least)
 
 
 def due(
