@@ -201,8 +201,7 @@ def _raise_if_failed(
     if concrete and int(outcome.code) == CONVERGED:
         return state, aux
     paths = tuple(problem.paths[i] for i in problem.roles.feedback)
-    rounded = jax.default_backend() != "cpu" and problem.rounded
-    failure = ConvergenceFailure(paths, problem.kind, answered, rounded)
+    failure = ConvergenceFailure(paths, problem.kind, answered, problem.rounded)
     numbers = {
         "numbers": jax.lax.stop_gradient(outcome.numbers),
         "code": outcome.code,

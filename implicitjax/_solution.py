@@ -239,7 +239,7 @@ def derivative_message(what: str, info: dict[str, Any], lane: str = "") -> str:
         "  (b) An iterative linear solver ran out of steps: give it more, or use "
         "`ImplicitAdjoint(linear_solver=DenseLU())` where the unknown is small.\n"
         "  (c) The map has no finite derivative at the solution (a kink, a square root at "
-        "0).\n"
+        f"0).\n{_ROUNDED if info['rounded'] else ''}"
         'Pass `on_failure="return"` for the result as it is, or "nan" for NaN.\n'
         f"{_DIAGNOSE[what]}"
     )

@@ -32,7 +32,7 @@ from ._loop import (
 from ._packing import Packing, packing
 from ._scaling import EVALUATIONS, move, scales
 from ._trace import Problem
-from .linear._transposable import OnFailure, transposable_solve
+from .linear._transposable import DerivativeFailure, OnFailure, transposable_solve
 from .solvers._optimistix import Optimistix
 
 
@@ -226,10 +226,11 @@ def _differentiable(
     guess: Guess,
 ) -> Callable:
     """`find` with the rule of the theorem."""
+    failure = DerivativeFailure(problem.kind, problem.rounded)
 
     def linear_solve(A: Callable, b: list, outcome: Outcome) -> list:
         failed = outcome.code != CONVERGED
-        return transposable_solve(A, b, adjoint.linear_solver, on_failure, failed, problem.kind)
+        return transposable_solve(A, b, adjoint.linear_solver, on_failure, failed, failure)
 
     def mark(tangent: list, outcome: Outcome) -> list:
         if on_failure != "nan":

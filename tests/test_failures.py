@@ -307,4 +307,19 @@ def test_a_device_that_rounds_products_is_named(backend, dtype, precision, said,
         pytest.raises(ij.ConvergenceError) as caught,
     ):
         ij.implicit_fixed_point(f, b, solver=ij.Picard())
-    assert ('jax.default_matmul_precision("highest")' in str(caught.value)) is said
+    remedy = 'jax.default_matmul_precision("highest")'
+    assert (remedy in str(caught.value)) is said
+
+    n = 3 if backend == "gpu" else 4  # a program of its own
+
+    def at_zero(b):  # x_0 = x_0 + b_0
+        W = jnp.eye(n, dtype=dtype).at[1:].multiply(0.5)
+        return jnp.sum(ij.implicit_fixed_point(lambda x: W @ x + b, jnp.zeros_like(b)).value)
+
+    with (
+        jax.default_matmul_precision(precision),
+        pytest.raises((ij.DerivativeError, *WRAPPED)) as caught,
+    ):
+        jax.block_until_ready(jax.grad(at_zero)(jnp.zeros(n, dtype)))
+    assert "its linear solve" in str(caught.value)
+    assert (remedy in str(caught.value)) is said

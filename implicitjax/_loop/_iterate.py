@@ -4,6 +4,7 @@ A solve has converged when its estimated error is within the tolerance, not its 
 `_number.py`. All norms are taken in units of the tolerance, `atol + rtol |x|`.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -122,6 +123,7 @@ def iterate(
     """
     watched = settings.history or callable(settings.progress) or not settings.early_stop
     rarely = solver.steady and not watched
+    judge = functools.partial(_judge, solver=solver, tolerances=tolerances, settings=settings)
 
     def evaluate(s: State) -> State:
         return s._replace(x=s.ahead, fx=f(s.ahead), step=s.step + 1)
@@ -139,9 +141,6 @@ def iterate(
             new = judge(evaluate(s), s)
             return lax.cond(new.code == RUNNING, move, lambda t: t, new)
         return judge(move(evaluate(s)), s)
-
-    def judge(new: State, old: State) -> State:
-        return _judge(new, old, solver, tolerances, settings)
 
     def tell(new: State, told: progress.Told, old: State) -> State:
         was_running = running(old)
@@ -238,12 +237,12 @@ def _judge(
     norms = _number.measure(settings.norm, vectors)
     residual, roundoff, raw, dx = norms[:4]
     now, sampled = Measured(residual, roundoff, raw, dx, norms[-1]), not solver.steady
-    loud = stands_out(now, vectors[0], vectors[1], tolerances.packing)
+    visible = stands_out(now, vectors[0], vectors[1], tolerances.packing)
     before = Seen(*_tree.cut(*old.seen))
     seen = _number.see(before, new.step, now, sampled)
     enough = _number.enough(seen, roundoff, max(tolerances.epsilons))
     code = _decide(seen, now, enough, solver)
-    code, seen = settle(old.code == PROBING, code, loud, before, seen, now, enough, sampled)
+    code, seen = settle(old.code == PROBING, code, visible, before, seen, now, enough, sampled)
     accepted, probing = code == ACCEPTED, code == PROBING
     numbers = _tree.join(seen)
     if solver.takes_back:  # a value that is not finite shows nothing

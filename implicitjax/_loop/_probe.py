@@ -35,7 +35,7 @@ def stands_out(now: Measured, r: list, roundoff: list, packing: Packing) -> Bool
 def settle(
     probed: Bool[Array, ""],
     code: Int[Array, " 1"],
-    loud: Bool[Array, " 1"],
+    visible: Bool[Array, " 1"],
     old: Seen,
     seen: Seen,
     now: Measured,
@@ -45,12 +45,12 @@ def settle(
     """The code, and the numbers: whether this iterate asks for a probe; and where it is the probe
     itself, whether the iterate before, of which `old` tells, is accepted.
 
-    - `probed`: whether this iterate is a probe; `loud`: whether every residual stands out.
+    - `probed`: whether this iterate is a probe; `visible`: whether every residual stands out.
     - `code`, `seen`, `now`: of this iterate; `enough`: the residual that is small.
     """
     confirmed, error = _confirms(old, seen, now, enough, sampled)
-    accepted = probed & loud & confirmed
-    asks = _asks(code, ~loud, seen, now, enough, sampled)
+    accepted = probed & visible & confirmed
+    asks = _asks(code, ~visible, seen, now, enough, sampled)
     seen = seen._replace(
         error=lax.select(accepted, error, seen.error),
         residual=lax.select(accepted, old.residual, seen.residual),

@@ -26,7 +26,7 @@ def transposable_solve(
     solver: AbstractLinearSolver,
     on_failure: OnFailure,
     failed: Bool[Array, ""],
-    what: str,
+    failure: Callable[..., None],
 ) -> PyTree:
     """`u` with `A u = b` for pytrees of real or complex arrays of any dtypes.
 
@@ -34,7 +34,7 @@ def transposable_solve(
     linear solve itself fails, `u` is NaN or an exception, as `on_failure` has it. The solution of
     `A u = 0` is 0 in any case, so a lane that the loss does not read does no harm.
 
-    `what`: what was solved for, for the words of an error.
+    `failure`: raises the error, on the host.
     """
     to_reals, from_reals = _tree.as_reals(b)
     epsilon = _tree.epsilon(b)
@@ -43,7 +43,7 @@ def transposable_solve(
         return to_reals(A(from_reals(v)))
 
     def solve(A: Operator, b: Vector) -> Vector:
-        return _checked(A, b, solver, on_failure, failed, epsilon, what)
+        return _checked(A, b, solver, on_failure, failed, epsilon, failure)
 
     return from_reals(with_derivatives(operator, to_reals(b), solve))
 
@@ -64,7 +64,7 @@ def _checked(
     on_failure: OnFailure,
     failed: Array,
     epsilon: float,
-    what: str,
+    failure: Callable[..., None],
 ) -> Vector:
     """The solution where it can be trusted; under `"return"` where it solved anything."""
     out = scaled_solve(solver, A, b, epsilon)
@@ -81,7 +81,7 @@ def _checked(
             "tolerance": out.tolerance,
             "condition": out.condition,
         }
-        bad = bad | raise_if(untrusted & ~failed, DerivativeFailure(what), numbers)
+        bad = bad | raise_if(untrusted & ~failed, failure, numbers)
     return [jnp.where(bad, jnp.nan, leaf) for leaf in out.value]
 
 
@@ -90,11 +90,14 @@ class DerivativeFailure:
     """Raises the error of a failed linear solve; a value, so that programs compare equal.
 
     - `what`: what was looked for.
+    - `rounded`: whether this device computes products of the map in less than its dtype.
     """
 
     what: str
+    rounded: bool
 
     def __call__(self, failed: Any, operands: dict[str, Any]) -> None:
         """Called on the host with concrete numbers."""
         info, lane = first_failure(failed, operands)
+        info["rounded"] = self.rounded
         raise DerivativeError(derivative_message(self.what, info, lane))
