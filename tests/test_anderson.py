@@ -53,11 +53,16 @@ def test_a_map_that_expands_takes_one_evaluation_a_direction(spectrum):
 
 def test_a_window_that_spans_a_difference_of_an_affine_map_keeps_what_is_new_of_it():
     """A walk round a ring: some steps leave next to nothing of a residual."""
-    forth, b = np.roll(np.eye(100), 1, axis=0), np.random.default_rng(0).normal(size=100)
-    M = 0.9 * (0.3 * forth.T + 0.7 * np.eye(100))
-    f = lambda x: jnp.asarray(M) @ x + b
-    solution = ij.implicit_fixed_point(f, 0 * b, solver=ij.Anderson(affine=True), rtol=1e-10)
-    assert int(solution.stats.num_evaluations) <= 1.05 * gmres_products(M, b, 1e-10)
+    M = 0.9 * (0.3 * np.roll(np.eye(100), 1, axis=1) + 0.7 * np.eye(100))
+    evaluations = products = 0
+    for seed in range(8):
+        b = np.random.default_rng(seed).normal(size=100)
+        f = lambda x, b: jnp.asarray(M) @ x + b
+        solver = ij.Anderson(affine=True)
+        solution = ij.implicit_fixed_point(f, jnp.zeros(100), b, solver=solver, rtol=1e-10)
+        evaluations += int(solution.stats.num_evaluations)
+        products += gmres_products(M, b, 1e-10)
+    assert evaluations <= 1.05 * products
 
 
 @pytest.mark.parametrize("radius", [0.99, 0.999])
