@@ -27,6 +27,8 @@ from .solvers._optimistix import as_solver, Optimistix
 
 # What a method of these does is told by its fields.
 _PACKAGES = (__name__.split(".")[0], "optimistix", "lineax")
+# Steps are counted in 32 bits; a guess and a probe are evaluated beside them.
+_MOST_STEPS = 2**31 - 4
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -136,12 +138,12 @@ def _refuse_watched(adjoint: Any, early_stop: Any, history: Any, progress: Any) 
 
 
 def _steps(max_steps: Any) -> int:
-    try:
-        max_steps = operator.index(max_steps)
-    except TypeError:
-        raise TypeError(f"max_steps must be a Python integer, got {max_steps!r}.") from None
-    positive_int("max_steps", max_steps)
-    return max_steps
+    integer = hasattr(max_steps, "__index__") and not isinstance(max_steps, bool)
+    steps = operator.index(max_steps) if integer else max_steps
+    positive_int("max_steps", steps)
+    if steps > _MOST_STEPS:
+        raise ValueError(f"max_steps must be at most {_MOST_STEPS:,}, got {steps:,}.")
+    return steps
 
 
 def _is_ours(method: Any) -> bool:

@@ -108,13 +108,17 @@ def nan_if(failed: Bool[Array, ""], tree: PyTree, tie: bool = False) -> PyTree:
     """NaN in every inexact leaf of `tree` if `failed`, and in its derivatives.
 
     A tangent or cotangent of zero stays zero: the gradient of a lane that the loss masks
-    away is 0, not NaN. With `tie` an integer becomes the least one and a boolean false, so that
-    none of them can be had without the check on which `failed` depends.
+    away is 0, not NaN. With `tie` an integer becomes the least one, a boolean false and a PRNG key
+    that of zeros, so that none of them can be had without the check on which `failed` depends.
     """
 
     def leaf(x: Array) -> Array:
         if jnp.issubdtype(x.dtype, jnp.inexact):
             return _nan_if(failed, x)
+        if tie and jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+            data = jax.random.key_data(x)
+            data = lax.select(failed, jnp.zeros_like(data), data)
+            return jax.random.wrap_key_data(data, impl=jax.random.key_impl(x))
         if tie and jnp.issubdtype(x.dtype, jnp.integer):
             return lax.select(failed, jnp.full_like(x, jnp.iinfo(x.dtype).min), x)
         return x & ~failed if tie and x.dtype == bool else x
@@ -177,3 +181,15 @@ def mark_failed(
     if not tangent:
         return tangent
     return lax.custom_linear_solve(lambda v: v, tangent, solve, transpose_solve=solve)
+
+
+def mark_together(moved: list, derivative: list, failed: Bool[Array, ""]) -> list:
+    """`derivative`, NaN if `failed` and anything of `moved` is not zero; transposed, `moved` is NaN
+    if `failed` and anything of `derivative` is not zero.
+
+    A map may lose NaN on the way from one to the other: `select` leaves zero of it.
+    """
+    inexact = lambda t: jnp.issubdtype(t.dtype, jnp.inexact)
+    both = _tree.together([t for t in (*moved, *derivative) if inexact(t)])
+    marked = iter(mark_failed(both, failed)[sum(map(inexact, moved)) :])
+    return [next(marked) if inexact(t) else t for t in derivative]

@@ -35,7 +35,7 @@ def by_jvp(
     """`x*(θ)` with the forward rule. Its tangent is a linear solve that JAX can transpose,
     so that this one rule serves forward mode, reverse mode, and both to any order.
 
-    `mark` is the identity on tangents, and NaN where there is no solution to differentiate.
+    `mark` is the identity on `ẋ`, and NaN where there is no solution to differentiate.
     """
 
     @jax.custom_jvp
@@ -49,9 +49,9 @@ def by_jvp(
         J = _linearize(lambda x: F(θ, x), x)
         if any(moving):
             B = _pushforward(lambda part: F(_merge(moving, part, θ), x), _pick(moving, θ))
-            θ_dot = mark(_pick(moving, θ_dot), outcome)
+            θ_dot = _pick(moving, θ_dot)
             b = together(B(θ_dot))
-            x_dot = linear_solve(lambda v: sub(v, J(v)), b, outcome)
+            x_dot = mark(θ_dot, linear_solve(lambda v: sub(v, J(v)), b, outcome), outcome)
         x_dot = guess.along(x0_dot, J, x, outcome, x_dot)
         return (x, outcome), (x_dot, jax.tree.map(_no_tangent, outcome))
 
@@ -59,7 +59,9 @@ def by_jvp(
     return x_star
 
 
-def by_vjp(F: Callable, solve: Callable, linear_solve: LinearSolve, guess: Guess) -> Callable:
+def by_vjp(
+    F: Callable, solve: Callable, linear_solve: LinearSolve, mark: Callable, guess: Guess
+) -> Callable:
     """`x*(θ)` with the reverse rule, which needs nothing of `F` but its pullback."""
 
     @jax.custom_vjp
@@ -83,7 +85,7 @@ def by_vjp(F: Callable, solve: Callable, linear_solve: LinearSolve, guess: Guess
             J = _double_transpose(lambda x: F(θ, x), x)
             tangent = lambda x0_dot: guess.tangent(decided, J, outcome, x0_dot)
             (x0_bar,) = jax.linear_transpose(tangent, x)(x_bar)
-        return pull_θ(u)[0], x0_bar, None
+        return mark(x_bar, pull_θ(u)[0], outcome), x0_bar, None
 
     x_star.defvjp(forward, backward, symbolic_zeros=True)
     return x_star

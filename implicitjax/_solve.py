@@ -16,7 +16,7 @@ from jaxtyping import PyTree
 from . import _tree
 from ._adjoint import ImplicitAdjoint, UnrolledAdjoint, UnrolledFailure
 from ._configuration import Configuration
-from ._failures import derivative_nan_if, mark_failed, nan_if
+from ._failures import derivative_nan_if, mark_together, nan_if
 from ._guess import Guess
 from ._implicit import by_jvp, by_vjp
 from ._loop import (
@@ -232,11 +232,11 @@ def _differentiable(
         failed = outcome.code != CONVERGED
         return transposable_solve(A, b, adjoint.linear_solver, on_failure, failed, failure)
 
-    def mark(tangent: list, outcome: Outcome) -> list:
+    def mark(moved: list, derivative: list, outcome: Outcome) -> list:
         if on_failure != "nan":
-            return tangent
-        return mark_failed(tangent, outcome.code != CONVERGED)
+            return derivative
+        return mark_together(moved, derivative, outcome.code != CONVERGED)
 
     if problem.pullback_only or adjoint.rule == "vjp":
-        return by_vjp(F, find, linear_solve, guess)
+        return by_vjp(F, find, linear_solve, mark, guess)
     return by_jvp(F, find, linear_solve, mark, guess)

@@ -138,6 +138,8 @@ def test_of_a_large_state_the_error_shows_what_feeds_back():
         ({"tolerance": 1e-3}, TypeError, "tolerance"),
         ({"max_steps": 0}, ValueError, "max_steps must be at least 1"),
         ({"max_steps": 2.5}, TypeError, "max_steps must be a Python integer"),
+        ({"max_steps": True}, TypeError, "max_steps must be a Python integer"),
+        ({"max_steps": 2**31}, ValueError, "max_steps must be at most 2,147,483,644"),
         ({"max_steps": None}, TypeError, "max_steps must be a Python integer"),
         ({"rtol": -1e-3}, ValueError, "rtol must not be negative"),
         ({"atol": float("nan")}, ValueError, "atol must not be negative"),

@@ -176,6 +176,16 @@ def test_what_has_no_root_or_many_is_refused(g, solver):
     assert np.isnan(derivative).any()
 
 
+def test_an_output_that_is_a_constant_number():
+    for g in (lambda x: 3.0, lambda x: jnp.asarray(3.0)):
+        assert not ij.implicit_root(g, 1.0, on_failure="return").converged
+    solution = ij.implicit_fixed_point(
+        lambda s: (jnp.cos(s[0]), jnp.asarray(True)), (0.5, False), on_failure="nan"
+    )
+    np.testing.assert_allclose(solution.value[0], 0.7390851332151607)
+    assert solution.value[1]
+
+
 def test_the_message_speaks_of_a_root():
     with pytest.raises(ij.ConvergenceError, match="The root was not reached"):
         ij.implicit_root(lambda x: x**2 + 1.0, 0.5)

@@ -171,7 +171,10 @@ class Problem:
 
         def run(inputs: Sequence[Array]) -> list[Array]:
             read = [x for x, u in zip(inputs, used, strict=True) if u]
-            values = dict(zip(order, eval_jaxpr(jaxpr, (), *read), strict=True))
+            results = zip(eval_jaxpr(jaxpr, (), *read), jaxpr.outvars, strict=True)
+            # An output that is a constant number is a Python scalar.
+            arrays = [x if is_array(x) else jnp.asarray(x, v.aval.dtype) for x, v in results]
+            values = dict(zip(order, arrays, strict=True))
             return [values[i] for i in outputs]
 
         return run

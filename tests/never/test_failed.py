@@ -20,10 +20,11 @@ from . import PICARD
 def diverges(x):
     """The state and `aux` of a map without a fixed point."""
     state = {"x": 2 * x["x"] + 1, "count": (x["x"] > 0).astype(int), "positive": x["x"] > 0}
-    return state, {"sum": x["x"].sum(), "sign": x["x"] > 0}
+    key = jax.random.fold_in(jax.random.key(3), state["count"][0])
+    return state, {"sum": x["x"].sum(), "sign": x["x"] > 0, "key": key}
 
 
-@pytest.mark.parametrize("of", ["count", "positive", "sum", "sign"])
+@pytest.mark.parametrize("of", ["count", "positive", "sum", "sign", "key"])
 def test_21_nothing_of_a_failed_solve_leaves_jit_without_a_word(of):
     guess = {"x": jnp.ones(2), "count": jnp.zeros(2, int), "positive": jnp.zeros(2, bool)}
 
@@ -101,6 +102,27 @@ def test_23_a_failed_unrolled_lane_that_nothing_looks_at_is_harmless():
     loss = lambda rate, used: jnp.where(used, unrolled(rate), 0.0)
     found = jax.vmap(jax.grad(loss))(jnp.asarray([0.3, 1.5]), jnp.asarray([True, False]))
     np.testing.assert_allclose(found, [1 / 0.7**2, 0.0], rtol=1e-6)
+
+
+@pytest.mark.parametrize("mode", [jax.jacfwd, jax.grad])
+@pytest.mark.parametrize("rule", ["jvp", "vjp", None])
+def test_23_a_failed_lane_is_nan_also_where_the_map_loses_nan(rule, mode):
+    """The derivative of `relu` is selected: of NaN it leaves zero where its argument is negative."""
+    if rule == "vjp" and mode is jax.jacfwd:
+        mode = jax.jacrev
+    adjoint = UNROLLED if rule is None else ij.ImplicitAdjoint(rule=rule)
+    options = {"solver": PICARD, "max_steps": 60, "on_failure": "nan", "adjoint": adjoint}
+
+    def solve(rate, b):
+        f = lambda x: rate * x + 1 + jax.nn.relu(b)
+        return ij.implicit_fixed_point(f, 0.0, **options).value
+
+    rates, b = jnp.asarray([0.5, 2.0, 2.0]), jnp.asarray([-1.0, -1.0, 1.0])
+    found = jax.jit(jax.vmap(mode(solve, 1)))(rates, b)
+    np.testing.assert_array_equal(found, [0.0, np.nan, np.nan])
+    used = jnp.asarray([1.0, 0.0, 0.0])  # lanes that the loss does not read do no harm
+    loss = lambda b: jnp.sum(jnp.where(used > 0, jax.vmap(solve)(rates, b), 0.0))
+    np.testing.assert_array_equal(mode(loss)(b), np.zeros(3))
 
 
 @pytest.mark.parametrize("mode", [jax.jacfwd, jax.grad])
