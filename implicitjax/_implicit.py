@@ -25,17 +25,14 @@ from jaxtyping import PyTree
 from ._guess import Guess, instantiate
 from ._tree import nan_like, sub, together
 
-Vector = list[Array]
+Vector, Map = list[Array], Callable[..., Any]
 LinearSolve = Callable[[Callable[[Vector], Vector], Vector, PyTree], Vector]
 
 
-def by_jvp(
-    F: Callable, solve: Callable, linear_solve: LinearSolve, mark: Callable, guess: Guess
-) -> Callable:
+def by_jvp(F: Map, solve: Map, linear_solve: LinearSolve, mark: Map, guess: Guess) -> Map:
     """`x*(θ)` with the forward rule. Its tangent is a linear solve that JAX can transpose,
-    so that this one rule serves forward mode, reverse mode, and both to any order.
-
-    `mark` is the identity on `ẋ`, and NaN where there is no solution to differentiate.
+    so that this one rule serves forward mode, reverse mode, and both to any order. `mark` is the
+    identity on `ẋ`, and NaN where there is no solution to differentiate.
     """
 
     @jax.custom_jvp
@@ -59,9 +56,7 @@ def by_jvp(
     return x_star
 
 
-def by_vjp(
-    F: Callable, solve: Callable, linear_solve: LinearSolve, mark: Callable, guess: Guess
-) -> Callable:
+def by_vjp(F: Map, solve: Map, linear_solve: LinearSolve, mark: Map, guess: Guess) -> Map:
     """`x*(θ)` with the reverse rule, which needs nothing of `F` but its pullback."""
 
     @jax.custom_vjp

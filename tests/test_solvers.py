@@ -190,7 +190,8 @@ class Failing(ij.AbstractLinearSolver):
 def test_newton_takes_no_step_that_its_linear_solve_did_not_make():
     m = layer(4)
     x0 = np.zeros(4)
-    found, _ = history(m, x0, ij.Newton(Failing()))
+    found, solution = history(m, x0, ij.Newton(Failing()), on_failure="return")
+    assert not solution.converged  # nothing tells the error
     plain, _ = history(m, x0, ij.Picard())
     k = min(len(found), len(plain))
     assert k > 20

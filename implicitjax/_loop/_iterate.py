@@ -29,8 +29,8 @@ from ._outcome import (
     RUNNING,
     STAGNATED,
 )
-from ._probe import perturb, settle, stands_out
-from ._units import normalise, Tolerances
+from ._probe import enlarged, perturb, settle, stands_out
+from ._units import normalise, Tolerances, widen
 
 
 class Settings(NamedTuple):
@@ -139,8 +139,18 @@ def iterate(
             return judge(lax.while_loop(due, lambda t: move(evaluate(t)), s), s)
         if solver.uses_map:  # its step costs too much to be taken once more for nothing
             new = judge(evaluate(s), s)
-            return lax.cond(new.code == RUNNING, move, lambda t: t, new)
+            return confirm(new)
         return judge(move(evaluate(s)), s)
+
+    def confirm(s: State) -> State:
+        # The next step is the error, to first order; that from a residual larger by its round-off.
+        ends = (s.code == CONVERGED) | (s.code == ACCEPTED)
+        units = tolerances.at(*settings.as_constant((s.x, s.fx)))
+        moved = s._replace(fx=_tree.where(ends, enlarged(s.x, s.fx, units.roundoff), s.fx))
+        moved = lax.cond(s.code >= RUNNING, move, lambda t: t, moved)
+        error = settings.norm(normalise(_tree.sub(moved.ahead, s.x), units.tolerance()))
+        lost = ends & ~((error <= 1) & solver.found(moved.memory))
+        return moved._replace(fx=s.fx, code=choose(lost, RUNNING, s.code))
 
     def tell(new: State, told: progress.Told, old: State) -> State:
         was_running = running(old)
@@ -183,8 +193,7 @@ def iterate(
         state = lax.while_loop(running, until_told, state)
     else:
         once = lambda s, _: (lax.cond(running(s), one_step, lambda s: s, s), None)
-        rounds = settings.max_steps + 2  # the guess, the steps, and a probe
-        state, _ = lax.scan(once, state, length=rounds)
+        state, _ = lax.scan(once, state, length=settings.max_steps + 2)  # the guess, and a probe
     return finish(state, tolerances, settings)
 
 
@@ -227,7 +236,7 @@ def _judge(
     x, fx = settings.as_constant((new.x, value))
     units, r = tolerances.at(x, fx), _tree.sub(fx, x)
     unit = units.tolerance()
-    vectors = [normalise(v, unit) for v in (r, units.roundoff)] + [_wide(r, unit)]
+    vectors = [normalise(v, unit) for v in (r, units.roundoff)] + [widen(r, unit)]
     if new.reference is not None:
         vectors += [normalise(_tree.sub(x, settings.as_constant(new.reference)), unit)]
     else:
@@ -263,6 +272,7 @@ def _judge(
         jax.debug.callback(settings.progress, new.step, lax.squeeze(seen.error, (0,)))
     return new._replace(
         x=_tree.where(accepted, old.x, new.x),
+        fx=_tree.where(accepted, old.fx, new.fx) if solver.uses_map else new.fx,
         ahead=perturb(new.ahead, probing, x, r, unit, now, seen.at, tolerances.packing),
         code=code,
         look_at=new.step + _number.steps_to_go(seen, enough) if solver.steady else new.look_at,
@@ -288,7 +298,3 @@ def _decide(
     if solver.takes_back:  # but not a guess, nor an iterate that is not finite
         lost = lost & (jnp.isnan(now.dx) | (seen.at == 0))
     return choose(lost, NONFINITE, code)
-
-
-def _wide(v: list, unit: list) -> list:
-    return [_tree.widen(vi, ui.dtype) for vi, ui in zip(v, unit, strict=True)]

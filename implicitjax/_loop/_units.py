@@ -88,8 +88,13 @@ class Units(NamedTuple):
 
 def normalise(vector: Sequence[Array], unit: Sequence[Array]) -> list[Array]:
     """`vector` in units, in float32 at least."""
-    wide = [_tree.widen(vi, ui.dtype) for vi, ui in zip(vector, unit, strict=True)]
+    wide = widen(vector, unit)
     return [vi / ui.astype(vi.dtype) for vi, ui in zip(wide, unit, strict=True)]
+
+
+def widen(vector: Sequence[Array], unit: Sequence[Array]) -> list[Array]:
+    """`vector` in float32 at least, as its units are."""
+    return [_tree.widen(vi, ui.dtype) for vi, ui in zip(vector, unit, strict=True)]
 
 
 def _step(x: Array) -> float:

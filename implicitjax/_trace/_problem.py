@@ -173,7 +173,7 @@ class Problem:
             read = [x for x, u in zip(inputs, used, strict=True) if u]
             results = zip(eval_jaxpr(jaxpr, (), *read), jaxpr.outvars, strict=True)
             # An output that is a constant number is a Python scalar.
-            arrays = [x if is_array(x) else jnp.asarray(x, v.aval.dtype) for x, v in results]
+            arrays = [x if is_array(x) else jnp.asarray(x, _dtype(v)) for x, v in results]
             values = dict(zip(order, arrays, strict=True))
             return [values[i] for i in outputs]
 
@@ -182,6 +182,10 @@ class Problem:
 
 def _shape(variable: Any) -> tuple[int, ...]:
     return variable.aval.shape
+
+
+def _dtype(variable: Any) -> Any:
+    return variable.aval.dtype
 
 
 def _fill(statics: tuple[Static | None, ...], arrays: list) -> list:

@@ -6,7 +6,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from .. import _tree
 from ..linear import AbstractLinearSolver, AutoLinearSolver
@@ -35,6 +35,7 @@ class NewtonState(eqx.Module):
     - `left`: how many steps may pass until the residual is less; -1 before the first.
     - `taken`: what part of the last step was taken, wherever it led.
     - `last`: the length of the last residual.
+    - `solved`: whether the linear solver found the last step.
     """
 
     x: Iterate
@@ -44,6 +45,7 @@ class NewtonState(eqx.Module):
     left: Int[Array, ""]
     taken: Float[Array, ""]
     last: Float[Array, ""]
+    solved: Bool[Array, ""]
 
 
 class Newton(LeafAware):
@@ -65,6 +67,11 @@ class Newton(LeafAware):
     two residuals (Eisenstat and Walker, *SIAM J. Sci. Comput.* 17, 1996, choice 2). It bounds
     the error of the step here, not its residual. Their safeguard is for terms above a tenth, which
     none is. Where the linear solver says that it failed, its step is not taken, but Picard's.
+
+    To first order a step is the error of the iterate that it starts from. So the solve has
+    converged where the next step is within the tolerance, too, from a residual enlarged by its
+    round-off: an equation that is small beside the others hides nothing. That costs one linear
+    solve; where it fails, the solve has not converged.
 
     **Arguments**
 
@@ -100,7 +107,12 @@ class Newton(LeafAware):
         zeros = [jnp.zeros_like(xi) for xi in x]
         one = jnp.ones((), _tree.accumulation_dtype(x))
         left = jnp.full((), -1, jnp.int32)
-        return NewtonState(zeros, zeros, zeros, part=one, left=left, taken=one, last=0 * one)
+        solved = jnp.zeros((), bool)
+        return NewtonState(zeros, zeros, zeros, one, left, one, last=0 * one, solved=solved)
+
+    def found(self, state: NewtonState) -> Bool[Array, ""]:
+        """Not where Picard's step was taken, nor after a step back."""
+        return state.solved
 
     def step(
         self, f: Map, x: Iterate, fx: Iterate, state: NewtonState
@@ -118,13 +130,13 @@ class Newton(LeafAware):
         back = ~less & ((state.left == 0) | ~(held | free))
 
         def halve(_: None) -> tuple:
-            return state.step, state.part / 2
+            return state.step, jnp.zeros((), bool), state.part / 2
 
         def solve(_: None) -> tuple:
             forcing = _forcing(residual, state.last)
-            return self._solve(f, x, r, forcing), jnp.minimum(2 * state.taken, 1)
+            return *self._solve(f, x, r, forcing), jnp.minimum(2 * state.taken, 1)
 
-        step, part = lax.cond(back, halve, solve, None)
+        step, solved, part = lax.cond(back, halve, solve, None)
         lost = back & (part == _SMALL)
         left = jnp.where(lost, _FREE, jnp.where(back, 0, state.left - 1))
         taken = jnp.where(lost, 1, part)
@@ -136,10 +148,13 @@ class Newton(LeafAware):
             left=jnp.where(less, _PATIENCE, left),
             taken=taken,
             last=residual,
+            solved=solved,
         )
 
-    def _solve(self, f: Map, x: Iterate, r: Iterate, forcing: Float[Array, ""]) -> Iterate:
-        """`(I - J)^-1 r`, or `r` where the linear solver did not find it."""
+    def _solve(
+        self, f: Map, x: Iterate, r: Iterate, forcing: Float[Array, ""]
+    ) -> tuple[Iterate, Bool[Array, ""]]:
+        """`(I - J)^-1 r`, or `r` where the linear solver did not find it; and whether it did."""
         to_reals, from_reals = _tree.as_reals(x)
         linear_solver = self.linear_solver.within(forcing)
 
@@ -152,7 +167,8 @@ class Newton(LeafAware):
             return [jnp.where(out.trusted, leaf, jnp.nan) for leaf in out.value]
 
         step = with_derivatives(A, to_reals(r), solve)
-        return _tree.where(_tree.all_finite(step), from_reals(step), r)
+        found = _tree.all_finite(step)
+        return _tree.where(found, from_reals(step), r), found
 
 
 def _forcing(residual: Float[Array, ""], last: Float[Array, ""]) -> Float[Array, ""]:

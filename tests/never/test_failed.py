@@ -107,7 +107,7 @@ def test_23_a_failed_unrolled_lane_that_nothing_looks_at_is_harmless():
 @pytest.mark.parametrize("mode", [jax.jacfwd, jax.grad])
 @pytest.mark.parametrize("rule", ["jvp", "vjp", None])
 def test_23_a_failed_lane_is_nan_also_where_the_map_loses_nan(rule, mode):
-    """The derivative of `relu` is selected: of NaN it leaves zero where its argument is negative."""
+    """Of NaN the derivative of `relu` leaves zero where its argument is negative."""
     if rule == "vjp" and mode is jax.jacfwd:
         mode = jax.jacrev
     adjoint = UNROLLED if rule is None else ij.ImplicitAdjoint(rule=rule)

@@ -107,6 +107,54 @@ def test_13_a_difference_lost_in_roundoff_teaches_nothing(solver, dtype):
     assert converged[:2].all()
 
 
+SMALL = {  # a residual, a guess, the root: one equation is far smaller than the other
+    "1e-12": (
+        lambda x: jnp.stack([1e-12 * (x[0] * x[1] - 2), x[0] - x[1] + 1]),
+        [3.0, 3.0],
+        [1, 2],
+    ),
+    "1e-3": (lambda x: jnp.stack([1e-3 * (x[0] * x[1] - 2), x[0] - x[1] + 1]), [3.0, 3.0], [1, 2]),
+    "buffer": (  # hydrogen, hydroxide, a weak base and its acid, in mol/l
+        lambda x: jnp.stack(
+            [
+                x[0] * x[1] - 1e-14,
+                x[0] * x[2] - 1.8e-9 * x[3],
+                x[2] + x[3] - 0.1,
+                x[0] - x[1] - x[2] + 0.05,
+            ]
+        ),
+        [1e-7, 1e-7, 0.05, 0.05],
+        [1.8003998309e-9, 5.5543217985e-6, 0.0499944474780, 0.0500055525220],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", SMALL)
+def test_13_an_equation_that_is_small_beside_another_is_solved_too_or_refused(case):
+    """Newton's method has the matrix in which the small equation counts as much as the other."""
+    g, guess, root = SMALL[case]
+    solution = ij.implicit_root(g, jnp.asarray(guess), on_failure="return")
+    if solution.converged:
+        np.testing.assert_allclose(solution.value, root, rtol=1e-6)
+    assert solution.converged or case != "1e-3"
+
+
+@pytest.mark.parametrize("guess", [[0.3, 0.3], [5.0, 1.0], [0.6, 0.3]])
+@pytest.mark.parametrize("loss", [1e-9, 1e-3])
+def test_13_round_off_that_newton_amplifies_is_part_of_its_error(guess, loss):
+    """A fast exchange of two species, and a slow loss, by which round-off is divided."""
+
+    def f(x):
+        exchange = x[0] - 2 * x[1]
+        return x + 0.3 * jnp.stack([loss - exchange, exchange - loss * x[1]])
+
+    solver = ij.Newton()
+    solution = ij.implicit_fixed_point(f, jnp.asarray(guess), solver=solver, on_failure="return")
+    if solution.converged:
+        np.testing.assert_allclose(solution.value, [2 + loss, 1.0], rtol=1e-9)
+    assert solution.converged == (loss == 1e-3)
+
+
 # 14. The guess, or a value that overflows, enlarges the tolerance; an iterate that runs away is
 # caught up by `rtol |x|`; a residual that rounds to zero passes for a solution.
 
