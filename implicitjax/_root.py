@@ -37,6 +37,8 @@ def implicit_root(
     The root is found as the fixed point of `x - s g(x)`. Each leaf of `g` has its own factor `s`.
     Two evaluations at the guess measure it: along a small step without a pattern, `s g(x)` changes
     by as much as `x`, and in the same direction. So the units of `g` and its sign do not matter.
+    Equations of unlike size that share a leaf are better divided each by its own size, or made
+    leaves of their own: next to the others a small one is lost in round-off, and the solve refused.
     The steps of `Newton` do not depend on `s`. All else is as for `implicit_fixed_point`: the
     derivatives, the stop test, which bounds the error of `x` and not the size of `g`, and what
     happens on a failure.

@@ -171,7 +171,7 @@ class ConvergenceError(RuntimeError):
     """A solve did not converge. The message says how it ended and what to try.
 
     Outside of `jit` it is raised as it is. From a compiled program JAX raises its own
-    `jax.errors.JaxRuntimeError`, with these words in it.
+    `jax.errors.JaxRuntimeError`, or `ValueError` where that has run before, with these words in it.
     """
 
     __module__ = "implicitjax"

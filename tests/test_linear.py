@@ -229,6 +229,27 @@ def test_a_gauge_beside_an_equation_that_is_nearly_lost_is_not_trusted():
     assert not out.trusted
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
+@pytest.mark.parametrize("forward", [True, False])
+def test_unknowns_of_very_different_units_are_solved_densely(forward, dtype):
+    """`n = s (a + 0.3 T/t)`, `T = t (1 - 0.4 n/s)`: `n/s` moves by 1/1.12, `T/t` by -0.4/1.12."""
+    s, t = 1e-6, 1e6
+    guess = {"n": jnp.asarray(s, dtype), "T": jnp.asarray(t, dtype)}
+
+    def solve(a):
+        f = lambda x: {"n": s * (a + 0.3 * x["T"] / t), "T": t * (1 - 0.4 * x["n"] / s)}
+        return ij.implicit_fixed_point(f, guess).value
+
+    a = jnp.asarray(2.0, dtype)
+    if forward:
+        moved = jax.jvp(solve, (a,), (jnp.ones_like(a),))[1]
+        found, expected = [moved["n"] / s, moved["T"] / t], [1 / 1.12, -0.4 / 1.12]
+    else:
+        slope = jax.grad(lambda a: solve(a)["n"] + 0.5 * solve(a)["T"])(a)
+        found, expected = slope / t, (s / t - 0.2) / 1.12
+    np.testing.assert_allclose(found, expected, rtol=1e-4 if dtype == jnp.float32 else 1e-9)
+
+
 @pytest.mark.parametrize(
     ("solver", "in_turn"), [(ij.DenseLU(), True), (ij.AutoLinearSolver(), False)], ids=repr
 )
