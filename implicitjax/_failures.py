@@ -10,7 +10,7 @@ import functools
 import re
 import types
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -183,11 +183,12 @@ def mark_failed(
     return lax.custom_linear_solve(lambda v: v, tangent, solve, transpose_solve=solve)
 
 
-def mark_together(moved: list, derivative: list, failed: Bool[Array, ""]) -> list:
+def mark_together(moved: Sequence, derivative: list, failed: Bool[Array, ""]) -> list:
     """`derivative`, NaN if `failed` and anything of `moved` is not zero; transposed, `moved` is NaN
     if `failed` and anything of `derivative` is not zero.
 
-    A map may lose NaN on the way from one to the other: `select` leaves zero of it.
+    A map may lose NaN on the way from one to the other: `select` leaves zero of it. Which
+    parameters the map reads is not asked.
     """
     inexact = lambda t: jnp.issubdtype(t.dtype, jnp.inexact)
     both = _tree.together([t for t in (*moved, *derivative) if inexact(t)])

@@ -46,7 +46,7 @@ def by_jvp(F: Map, solve: Map, linear_solve: LinearSolve, mark: Map, guess: Gues
         J = _linearize(lambda x: F(θ, x), x)
         if any(moving):
             B = _pushforward(lambda part: F(_merge(moving, part, θ), x), _pick(moving, θ))
-            θ_dot = _pick(moving, θ_dot)
+            θ_dot = mark((), _pick(moving, θ_dot), outcome)
             b = together(B(θ_dot))
             x_dot = mark(θ_dot, linear_solve(lambda v: sub(v, J(v)), b, outcome), outcome)
         x_dot = guess.along(x0_dot, J, x, outcome, x_dot)

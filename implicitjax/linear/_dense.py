@@ -106,8 +106,8 @@ def factorise(A: Operator, b: Vector, epsilon: float) -> LinearSolution:
     norm_b = jnp.linalg.norm(rhs)
     left = rhs - jnp.where(decided, 0.0, matmul(matrix, u))
     residual = jnp.linalg.norm(left) / jnp.where(norm_b > 0, norm_b, 1.0)
-    # Of a regular matrix equation by equation, beside its own terms: leaves may differ in units.
-    terms = matmul(formed, jnp.abs(u)) + jnp.abs(rhs)
+    # Where the matrix is regular, each equation beside its own terms: leaves may differ in units.
+    terms = jnp.where(decided, norm_b, matmul(formed, jnp.abs(u)) + jnp.abs(rhs))
     worst = jnp.max(jnp.abs(left) / jnp.where(terms > 0, terms, 1.0))
     return LinearSolution(
         value=_unravel(u, b),

@@ -25,7 +25,7 @@ class AbstractSolver(eqx.Module):
     - `steady`: whether the residual of a solve falls at the rate of its error, so that the rate
       alone tells the error. A method without memory, such as Picard's iteration.
     - `uses_map`: whether a step costs evaluations or products of its own. Then a solve has
-      converged only where the next step is within the tolerance, too.
+      converged only where the next step, which is not taken, is within the tolerance, too.
     - `takes_back`: whether a step copes with an `fx` that is not finite, by a return to an earlier
       iterate. The loop then ends only where an iterate is not finite.
     - `steps_to_value`: whether the next iterate is `f(x)` itself, so that it is stored once.
@@ -62,9 +62,11 @@ class AbstractSolver(eqx.Module):
         """What a solve tried beside its usual steps; see `Stats`. Only `Anderson` tells it."""
         return None
 
-    def found(self, state: Any) -> Any:
-        """Whether the last step is the method's own, and none in its place. Only `Newton` asks."""
-        return True
+    def found(self, state: Any) -> tuple[Any, Any]:
+        """Whether the last step is the method's own, and none in its place; and whether any was.
+        `Newton` alone overrides it.
+        """
+        return True, True
 
     @abc.abstractmethod
     def init(self, x: Iterate) -> Any:

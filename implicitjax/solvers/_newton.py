@@ -35,7 +35,7 @@ class NewtonState(eqx.Module):
     - `left`: how many steps may pass until the residual is less; -1 before the first.
     - `taken`: what part of the last step was taken, wherever it led.
     - `last`: the length of the last residual.
-    - `solved`: whether the linear solver found the last step.
+    - `solved`: whether the linear solver found the last step; `ever`: whether it found one.
     """
 
     x: Iterate
@@ -46,6 +46,7 @@ class NewtonState(eqx.Module):
     taken: Float[Array, ""]
     last: Float[Array, ""]
     solved: Bool[Array, ""]
+    ever: Bool[Array, ""]
 
 
 class Newton(LeafAware):
@@ -69,9 +70,9 @@ class Newton(LeafAware):
     none is. Where the linear solver says that it failed, its step is not taken, but Picard's.
 
     To first order a step is the error of the iterate that it starts from. So the solve has
-    converged where the next step is within the tolerance, too, from a residual enlarged by its
-    round-off: an equation that is small beside the others hides nothing. That costs one linear
-    solve; where it fails, the solve has not converged.
+    converged where the next step is within the tolerance, too: an equation that is small beside the
+    others hides nothing. That costs one linear solve. Where it fails, as it may along a gauge
+    freedom, that of an earlier step must not have failed.
 
     **Arguments**
 
@@ -107,12 +108,12 @@ class Newton(LeafAware):
         zeros = [jnp.zeros_like(xi) for xi in x]
         one = jnp.ones((), _tree.accumulation_dtype(x))
         left = jnp.full((), -1, jnp.int32)
-        solved = jnp.zeros((), bool)
-        return NewtonState(zeros, zeros, zeros, one, left, one, last=0 * one, solved=solved)
+        no = jnp.zeros((), bool)
+        return NewtonState(zeros, zeros, zeros, one, left, one, last=0 * one, solved=no, ever=no)
 
-    def found(self, state: NewtonState) -> Bool[Array, ""]:
+    def found(self, state: NewtonState) -> tuple[Bool[Array, ""], Bool[Array, ""]]:
         """Not where Picard's step was taken, nor after a step back."""
-        return state.solved
+        return state.solved, state.ever
 
     def step(
         self, f: Map, x: Iterate, fx: Iterate, state: NewtonState
@@ -149,6 +150,7 @@ class Newton(LeafAware):
             taken=taken,
             last=residual,
             solved=solved,
+            ever=state.ever | solved,
         )
 
     def _solve(

@@ -34,8 +34,8 @@ def least_or_most(
     affine: bool,
 ) -> Int[Array, ""]:
     """The column that has least of a difference, of which each has `a`; or most, where they have
-    the `whole` of it, as of a map of low rank. One that is affine is solved by then; of an affine
-    map the little that is new counts.
+    the `whole` of it, as of a map of low rank. An affine map of low rank is solved by then. Another
+    one may be spanned for once, and the column of least use has to go.
     """
     squares = jnp.square(a)
     coupled = lax.select(active, squares, np.full(a.shape, -1, a.dtype))
