@@ -31,8 +31,8 @@ LinearSolve = Callable[[Callable[[Vector], Vector], Vector, PyTree], Vector]
 
 def by_jvp(F: Map, solve: Map, linear_solve: LinearSolve, mark: Map, guess: Guess) -> Map:
     """`x*(θ)` with the forward rule. Its tangent is a linear solve that JAX can transpose,
-    so that this one rule serves forward mode, reverse mode, and both to any order. `mark` is the
-    identity on `ẋ`, and NaN where there is no solution to differentiate.
+    so that this one rule serves forward mode, reverse mode, and both to any order. `mark(v, w)`
+    is `w`, and NaN where there is no solution to differentiate and `v` or `w` is not zero.
     """
 
     @jax.custom_jvp

@@ -141,7 +141,7 @@ def test_13_an_equation_that_is_small_beside_another_is_solved_too_or_refused(ca
 
 @pytest.mark.parametrize("guess", [[5.0, 1.0], [0.6, 0.3]])
 @pytest.mark.parametrize("loss", [1e-9, 1e-3])
-def test_13_round_off_that_newton_amplifies_is_part_of_its_error(guess, loss):
+def test_13_a_step_that_newton_has_left_to_take_is_part_of_its_error(guess, loss):
     """A fast exchange of two species, and a slow loss, by which round-off is divided."""
 
     def f(x):
