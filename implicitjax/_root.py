@@ -35,10 +35,10 @@ def implicit_root(
     r"""Solves `g(x, *args) = 0`; the solution carries its derivatives.
 
     The root is found as the fixed point of `x - s g(x)`. Each leaf of `g` has its own factor `s`.
-    Two evaluations at the guess measure it: along a small step without a pattern, `s g(x)` changes
-    by as much as `x`, and in the same direction. So the units of `g` and its sign do not matter.
-    Equations of unlike size that share a leaf are better divided each by its own size, or made
-    leaves of their own: next to the others a small one is lost in round-off, and the solve refused.
+    Three evaluations at the guess measure it: along a small step without a pattern, `s g(x)`
+    changes by as much as `x`, and in the same direction. An equation that changes by less than a
+    64th of what the others of its leaf do has a larger factor. So the sign of `g` does not matter,
+    nor do the units of its equations.
     The steps of `Newton` do not depend on `s`. All else is as for `implicit_fixed_point`: the
     derivatives, the stop test, which bounds the error of `x` and not the size of `g`, and what
     happens on a failure.

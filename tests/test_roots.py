@@ -132,6 +132,34 @@ def test_leaves_of_different_units_and_aux():
         np.testing.assert_allclose(found, slopes, rtol=1e-8)
 
 
+@pytest.mark.parametrize("dtype", [np.float64, np.float32])
+@pytest.mark.parametrize("size", [1e-25, 1e-16, 1e-8, 1e-4, 1e4, 1e8, 1e16, 1e25])
+def test_an_equation_that_is_small_beside_another_of_its_leaf(size, dtype):
+    """`x y = a` and `y = x + 1` in one array: with `a = 2` the root is (1, 2), and both grow by
+    `a / 3`.
+    """
+
+    def root(a, x0):
+        g = lambda x: jnp.stack([size * (x[0] * x[1] - a), x[0] - x[1] + 1])
+        return ij.implicit_root(g, jnp.asarray(x0, dtype)).value
+
+    tolerance = 3 * np.finfo(dtype).eps ** (2 / 3)
+    for x0 in ([2.0, 3.0], [0.5, 0.7], [0.0, 0.1]):
+        np.testing.assert_allclose(root(dtype(2), x0), [1.0, 2.0], rtol=tolerance)
+    for mode in (jax.jacfwd, jax.jacrev):
+        np.testing.assert_allclose(mode(root)(dtype(2), [2.0, 3.0]), 1 / 3, rtol=10 * tolerance)
+
+
+@pytest.mark.parametrize("solver", [ij.Newton(), ij.Anderson(), ij.Broyden()], ids=repr)
+def test_equations_of_many_sizes_in_one_leaf(solver):
+    rng = np.random.default_rng(0)
+    M, b = np.eye(8) + 0.1 * rng.normal(size=(8, 8)), rng.normal(size=8)
+    units = jnp.asarray(10.0 ** -np.arange(0, 16, 2))
+    g = lambda x: units * (jnp.asarray(M) @ x - jnp.asarray(b))
+    solution = ij.implicit_root(g, jnp.zeros(8), solver=solver)
+    np.testing.assert_allclose(solution.value, np.linalg.solve(M, b), rtol=1e-9, atol=1e-9)
+
+
 @pytest.mark.usefixtures("standard_promotion")
 def test_a_complex_root_of_a_residual_that_is_not_holomorphic():
     """`z + conj(z) / 2 = a`: with `a = p + i q` it is `z = 2 p / 3 + 2 i q`."""
