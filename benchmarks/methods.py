@@ -228,7 +228,7 @@ class StopTest:
 
 @jax.jit
 def _looked_at(seen: Any, step: Any, now: Any) -> tuple[Any, Any]:
-    new = _number.see(seen, step, _number.Measured(*map(jnp.asarray, now)), True)
+    new = _number.see(seen, step, _number.Measured(*map(jnp.asarray, now)), True, True)
     enough = _number.enough(new, now.roundoff, float(np.finfo(float).eps))
     return new, _number.within(new.error, now.residual, enough)[0]
 

@@ -21,12 +21,14 @@ def positive_int(name: str, value: Any) -> None:
 
 
 def nonnegative(name: str, value: Any) -> None:
-    """Raises if `value` is a Python number below 0 or NaN; arrays are taken as they are."""
+    """Raises unless `value` is a number, and not below 0 or NaN if it is one of Python's."""
     if value is None:
         return
     number = isinstance(value, (int, float, np.ndarray, np.generic, jax.Array))
     if not number or isinstance(value, bool):
         raise TypeError(f"{name} must be a real number, got {value!r}.")
+    if np.ndim(value) != 0:
+        raise ValueError(f"{name} must be a number, got an array of shape {np.shape(value)}.")
     if isinstance(value, (int, float)) and not value >= 0:
         raise ValueError(f"{name} must not be negative, got {value!r}.")
 

@@ -232,13 +232,16 @@ def _trace_solver(like: _Like) -> Hashable:
 
     def init(x: list, packed: Packing, solver: AbstractSolver, _: Any) -> Any:
         solver = solver.arrange(packed)
-        asked.extend(bool(v) for v in (solver.steady, solver.uses_map, solver.steps_to_value))
-        return solver.init(x)
+        flags = (solver.steady, solver.uses_map, solver.takes_back, solver.steps_to_value)
+        asked.extend(map(bool, flags))
+        state = solver.init(x)
+        return state, solver.tried(state), solver.found(state), solver.judged(x, state)
 
     def step(x: list, packed: Packing, solver: AbstractSolver, _: Any, fx: list, state: Any) -> Any:
         return solver.arrange(packed).step(_twice, x, like.iterate(fx)[0], state)
 
-    first, state = like.trace("The solver", init)
+    first, shown = like.trace("The solver", init)
+    state = None if shown is None else shown[0]
     return (tuple(asked), first, like.trace("The solver", step, like.inputs[0], state)[0])
 
 
@@ -246,7 +249,7 @@ def _trace_linear_solver(like: _Like) -> Hashable:
     """Of a solution."""
 
     def solve(x: list, packed: Packing, solver: Any, adjoint: Any) -> Any:
-        b = _tree.as_reals(x)[0](x)
-        return scaled_solve(adjoint.linear_solver, _twice, b, _tree.epsilon(x))
+        linear_solver = adjoint.linear_solver.at_precision(_tree.epsilon(x))
+        return scaled_solve(linear_solver, _twice, _tree.as_reals(x)[0](x))
 
     return like.trace("The linear solver", solve)[0]

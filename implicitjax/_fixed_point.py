@@ -55,7 +55,8 @@ def implicit_fixed_point(
     They follow from the implicit function theorem: one linear solve with `I - df/dx` for a
     tangent or a cotangent, however the solution was found. All inexact arrays in `f`, in
     `args`, or captured by `f` are differentiable, and so are leaves of `x0` that the map
-    hands on as they are; the guess of the unknown itself has derivative zero.
+    hands on as they are; the guess of the unknown itself has derivative zero
+    where `I - df/dx` is regular.
 
     A call without `jit` runs the Python code of `f` at least once, to trace it; the compiled
     program is found by that trace. With a few unknowns the trace costs more than the solve.

@@ -9,6 +9,7 @@ Let `x*(θ)` solve `x = F(θ, x)`. With `J = ∂F/∂x` and `B = ∂F/∂θ` at 
 (implicit function theorem: Dini, 1878; Krantz and Parks, 2002). Neither the guess nor
 the way to the solution enters: one linear solve, and no memory of the iterations.
 
+`A` is the derivative of the defect `x - F(θ, x)`, which for a root is `s g(x)` as it stands.
 A derivative with respect to the guess is zero where `A` is regular; `guess` says where it is not.
 """
 
@@ -23,13 +24,15 @@ from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
 from jaxtyping import PyTree
 
 from ._guess import Guess, instantiate
-from ._tree import nan_like, sub, together
+from ._tree import nan_like, together
 
 Vector, Map = list[Array], Callable[..., Any]
 LinearSolve = Callable[[Callable[[Vector], Vector], Vector, PyTree], Vector]
 
 
-def by_jvp(F: Map, solve: Map, linear_solve: LinearSolve, mark: Map, guess: Guess) -> Map:
+def by_jvp(
+    F: Map, defect: Map, solve: Map, linear_solve: LinearSolve, mark: Map, guess: Guess
+) -> Map:
     """`x*(θ)` with the forward rule. Its tangent is a linear solve that JAX can transpose,
     so that this one rule serves forward mode, reverse mode, and both to any order. `mark(v, w)`
     is `w`, and NaN where there is no solution to differentiate and `v` or `w` is not zero.
@@ -43,12 +46,13 @@ def by_jvp(F: Map, solve: Map, linear_solve: LinearSolve, mark: Map, guess: Gues
         (θ, x0, fixed), (θ_dot, x0_dot, _) = primals, tangents
         x, outcome = x_star(θ, x0, fixed)
         moving, x_dot = [not isinstance(t, SymbolicZero) for t in θ_dot], None
-        J = _linearize(lambda x: F(θ, x), x)
+        J = _pushforward(lambda x: F(θ, x), x)
         if any(moving):
+            A = _linearize(lambda x: defect(θ, x), x)
             B = _pushforward(lambda part: F(_merge(moving, part, θ), x), _pick(moving, θ))
             θ_dot = mark((), _pick(moving, θ_dot), outcome)
             b = together(B(θ_dot))
-            x_dot = mark(θ_dot, linear_solve(lambda v: sub(v, J(v)), b, outcome), outcome)
+            x_dot = mark(θ_dot, linear_solve(A, b, outcome), outcome)
         x_dot = guess.along(x0_dot, J, x, outcome, x_dot)
         return (x, outcome), (x_dot, jax.tree.map(_no_tangent, outcome))
 
@@ -56,7 +60,9 @@ def by_jvp(F: Map, solve: Map, linear_solve: LinearSolve, mark: Map, guess: Gues
     return x_star
 
 
-def by_vjp(F: Map, solve: Map, linear_solve: LinearSolve, mark: Map, guess: Guess) -> Map:
+def by_vjp(
+    F: Map, defect: Map, solve: Map, linear_solve: LinearSolve, mark: Map, guess: Guess
+) -> Map:
     """`x*(θ)` with the reverse rule, which needs nothing of `F` but its pullback."""
 
     @jax.custom_vjp
@@ -73,9 +79,9 @@ def by_vjp(F: Map, solve: Map, linear_solve: LinearSolve, mark: Map, guess: Gues
     def backward(residuals: tuple, cotangents: tuple) -> tuple:
         (θ, x, outcome, decided), x_bar = residuals, list(map(instantiate, cotangents[0]))
         # One by one: with what `Bᵀ` alone reads, `Aᵀ` would seem to change with it.
-        _, pull_x = jax.vjp(lambda x: F(θ, x), x)
+        _, pull_x = jax.vjp(lambda x: defect(θ, x), x)
         _, pull_θ = jax.vjp(lambda θ: F(θ, x), θ)
-        u, x0_bar = linear_solve(lambda u: sub(u, pull_x(u)[0]), x_bar, outcome), None
+        u, x0_bar = linear_solve(lambda u: pull_x(u)[0], x_bar, outcome), None
         if decided is not None:
             J = _double_transpose(lambda x: F(θ, x), x)
             tangent = lambda x0_dot: guess.tangent(decided, J, outcome, x0_dot)

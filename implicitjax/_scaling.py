@@ -31,11 +31,6 @@ def scales(g: Callable[[list], list], x: list) -> list[Array]:
     return [_scale(*pair) for pair in zip(steps, changes, strict=True)]
 
 
-def move(x: list, g: list, scales: list) -> list:
-    """`x - s g`."""
-    return [xi - s.astype(gi.real.dtype) * gi for xi, gi, s in zip(x, g, scales, strict=True)]
-
-
 def _steps(x: Array) -> list[Array]:
     """Two steps: half the digits of the size of the leaf, and a hundredth of it."""
     real = x.real

@@ -66,8 +66,8 @@ class Stats(eqx.Module):
     - `error_estimate`: an estimate of `norm(x - x*)` at the returned value, in the same
       units; this is what the tolerances bound. The largest finite number where nothing is known
       of the error.
-    - `contraction_rate`: the factor by which a step multiplied the residual, in units of the
-      tolerance, near the end; 0 where no step was needed.
+    - `contraction_rate`: the factor by which a step multiplied the residual, in the units of
+      `x`, near the end; 0 where no step was needed.
     - `tolerance_clamped`: whether the tolerances lay below the round-off of the dtype,
       so that the solve was held to what the dtype can reach instead.
     - `tried`: what `Anderson` tried where its extrapolations led nowhere, three counts: steps taken

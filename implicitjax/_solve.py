@@ -30,9 +30,10 @@ from ._loop import (
     Tolerances,
 )
 from ._packing import Packing, packing
-from ._scaling import EVALUATIONS, move, scales
+from ._scaling import EVALUATIONS, scales
 from ._trace import Problem
 from .linear._transposable import DerivativeFailure, OnFailure, transposable_solve
+from .solvers._base import ByDefect
 from .solvers._optimistix import Optimistix
 
 
@@ -106,6 +107,7 @@ class System(NamedTuple):
     """
 
     F: Callable[[list, list], list]
+    defect: Callable[[list, list], list]
     theta: list
     x: list
     packed: Packing
@@ -142,15 +144,21 @@ def system(problem: Problem, inputs: list) -> System:
         theta += scales(at_theta, _tree.stop_gradient(leaves))
 
     def F(theta: list, x: list) -> list:
-        x, more = packed.unpack(x), theta[len(parameters) :]
         if problem.root:
-            return packed.pack(move(x, evaluate(theta, x), more))
-        return packed.pack(hand_on(evaluate(theta, hand_on(x, more)), more))
+            return _tree.sub(x, defect(theta, x))
+        leaves, more = packed.unpack(x), theta[len(parameters) :]
+        return packed.pack(hand_on(evaluate(theta, hand_on(leaves, more)), more))
+
+    def defect(theta: list, x: list) -> list:
+        if not problem.root:
+            return _tree.sub(x, F(theta, x))
+        g, factors = evaluate(theta, packed.unpack(x)), theta[len(parameters) :]
+        return packed.pack([s.astype(gi.real.dtype) * gi for gi, s in zip(g, factors, strict=True)])
 
     position = {leaf: k for k, leaf in enumerate(roles.feedback)}
     reads = tuple(tuple(position[i] for i in read) for read in roles.reads)
     epsilons = tuple(_tree.epsilon([leaves[k] for k in read]) for read in reads)
-    return System(F, theta, leaves, packed, reads, epsilons)
+    return System(F, defect, theta, leaves, packed, reads, epsilons)
 
 
 def _fixed_point(
@@ -158,7 +166,7 @@ def _fixed_point(
 ) -> tuple[list, Outcome]:
     """The unknown, with the derivative that the adjoint has."""
     settings = configuration.settings
-    F, theta, leaves, packed, reads, epsilons = system(problem, inputs)
+    F, defect, theta, leaves, packed, reads, epsilons = system(problem, inputs)
     solver, adjoint = configuration.rebuild(methods)
     solver = solver.arrange(packed)
 
@@ -166,6 +174,8 @@ def _fixed_point(
         solver, (rtol, atol) = eqx.combine(fixed, static)
         scale = Tolerances(rtol, atol, epsilons, packed)
         f = lambda x: F(theta, x)
+        if problem.root:
+            f = ByDefect(functools.partial(defect, theta))
         if isinstance(solver, Optimistix):
             x, outcome = _by_neighbour(f, x0, solver, scale, settings)
         else:
@@ -197,7 +207,7 @@ def _fixed_point(
         assert isinstance(adjoint, ImplicitAdjoint)
         paths = tuple(problem.paths[i] for i in problem.roles.feedback)
         guess = Guess(packed, reads, paths, configuration.on_failure)
-        x_star = _differentiable(F, find, adjoint, configuration.on_failure, problem, guess)
+        x_star = _differentiable(F, defect, find, adjoint, configuration.on_failure, problem, guess)
         x, outcome = x_star(theta, x0, fixed)
     return packed.unpack(x), outcome
 
@@ -219,6 +229,7 @@ def _by_neighbour(
 
 def _differentiable(
     F: Callable,
+    defect: Callable,
     find: Callable,
     adjoint: ImplicitAdjoint,
     on_failure: OnFailure,
@@ -229,8 +240,8 @@ def _differentiable(
     failure = DerivativeFailure(problem.kind, problem.rounded)
 
     def linear_solve(A: Callable, b: list, outcome: Outcome) -> list:
-        failed = outcome.code != CONVERGED
-        return transposable_solve(A, b, adjoint.linear_solver, on_failure, failed, failure)
+        failed, solver = outcome.code != CONVERGED, adjoint.linear_solver
+        return transposable_solve(A, b, solver, on_failure, failed, failure, precise=problem.root)
 
     def mark(moved: Sequence, derivative: list, outcome: Outcome) -> list:
         if on_failure != "nan":
@@ -238,5 +249,5 @@ def _differentiable(
         return mark_together(moved, derivative, outcome.code != CONVERGED)
 
     if problem.pullback_only or adjoint.rule == "vjp":
-        return by_vjp(F, find, linear_solve, mark, guess)
-    return by_jvp(F, find, linear_solve, mark, guess)
+        return by_vjp(F, defect, find, linear_solve, mark, guess)
+    return by_jvp(F, defect, find, linear_solve, mark, guess)

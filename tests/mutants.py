@@ -126,7 +126,7 @@ EQUIVALENT: dict[tuple[str, str], str] = {
     ): "Only the norm of the difference is used.",
     (
         "_loop/_iterate.py",
-        "dx, dr = _tree.sub(x_old, x), _tree.sub(r, _tree.sub(fx_old, x_old))",
+        "dx, dr = _tree.sub(x_old, x), _tree.sub(raw, _tree.sub(fx_old, x_old))",
     ): "Only the norm of the difference is used.",
     (
         "_loop/_number.py",

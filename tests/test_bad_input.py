@@ -143,6 +143,8 @@ def test_of_a_large_state_the_error_shows_what_feeds_back():
         ({"max_steps": None}, TypeError, "max_steps must be a Python integer"),
         ({"rtol": -1e-3}, ValueError, "rtol must not be negative"),
         ({"atol": float("nan")}, ValueError, "atol must not be negative"),
+        ({"rtol": np.ones(1)}, ValueError, r"rtol must be a number, got an array of shape \(1,\)"),
+        ({"atol": jnp.ones((2, 3))}, ValueError, "atol must be a number"),
         ({"rtol": "tight"}, TypeError, "rtol must be a real number"),
         ({"on_failure": "ignore"}, ValueError, '"raise", "nan" or "return"'),
         ({"norm": 2}, TypeError, "norm must be callable"),

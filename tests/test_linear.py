@@ -1,5 +1,7 @@
 """Linear solvers: the solution, and a residual that is measured."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -260,6 +262,15 @@ def test_a_batch_of_factorisations_waits_for_none_of_its_own(solver, in_turn):
     a, b = jnp.array([[1.0, 2.0], [3.0, 4.0]]), jnp.array([[2.0, 2.0], [6.0, 2.0]])
     assert ("platform_index" in str(jax.make_jaxpr(solve)(a, b))) is in_turn
     np.testing.assert_allclose(solve(a, b), b / (a * c[None]), rtol=1e-12)
+
+
+def test_a_batch_of_batches_waits_for_none_of_its_own():
+    solve = jax.vmap(jax.vmap(lambda a, b: ij.DenseLU().solve(lambda v: [a * v[0]], [b]).value[0]))
+    a = jnp.arange(1.0, 25.0).reshape(2, 3, 4)
+    program = jax.jit(solve).trace(a, a).lower(lowering_platforms=("cpu",)).as_text()
+    factors = re.findall(r"getrf.*-> \((tensor<[^>]*>)", program)
+    assert set(factors) == {"tensor<4x4xf64>"}
+    np.testing.assert_allclose(solve(a, a), 1.0)
 
 
 @pytest.mark.parametrize("a", [-1e6, -0.5, 1e-4, 1.0, 1e6])

@@ -78,7 +78,7 @@ def watch(
         dx = 0.0 if samples is None else samples[i]
         dr = 0.0 if samples is None else 1.0
         now = Measured(*(number(v, dtype) for v in (residual, roundoff, residual, dx, dr)))
-        seen = _number.see(seen, jnp.asarray(step, jnp.int32), now, samples is not None)
+        seen = _number.see(seen, jnp.asarray(step, jnp.int32), now, *2 * (samples is not None,))
         yield step, seen
 
 
@@ -208,7 +208,7 @@ def test_the_factor_in_the_units_of_the_unknown_is_that_of_the_raw_residual():
     seen = nothing()
     for step, (residual, raw) in enumerate([(8.0, 3.0), (2.0, 2.4)]):
         numbers = [number(v) for v in (residual, 0.0, raw, 0.0, 0.0)]
-        seen = _number.see(seen, jnp.asarray(step, jnp.int32), Measured(*numbers), False)
+        seen = _number.see(seen, jnp.asarray(step, jnp.int32), Measured(*numbers), False, False)
     np.testing.assert_allclose([seen.last[0], seen.falls[0]], [0.25, 0.8], rtol=1e-14)
 
 
@@ -223,7 +223,7 @@ def test_the_factor_in_the_units_of_the_unknown_is_that_of_the_raw_residual():
 )
 def test_a_step_that_round_off_hides_has_amplified_so_much_at_least(dr, roundoff, sample, most):
     now = measured(residual=1.0, raw=1.0, dx=3.0, dr=dr, roundoff=roundoff)
-    seen = _number.see(nothing(), jnp.asarray(1, jnp.int32), now, True)
+    seen = _number.see(nothing(), jnp.asarray(1, jnp.int32), now, True, True)
     np.testing.assert_allclose([seen.sample[0], seen.most[0]], [sample, most], rtol=1e-14)
 
 
@@ -359,7 +359,7 @@ def test_of_a_millionth_of_first_residual_and_iterate_the_tolerance_itself_is_as
     seen, epsilon = nothing()._replace(part=number(part)), 1e-10
     for step, residual in enumerate(residuals):
         now = measured(residual=residual, raw=residual, roundoff=size * epsilon)
-        seen = _number.see(seen, jnp.asarray(step, jnp.int32), now, False)
+        seen = _number.see(seen, jnp.asarray(step, jnp.int32), now, False, False)
     enough = _number.enough(seen, number(size * epsilon), epsilon)
     holds = lambda error, residual: bool(_number.within(number(error), number(residual), enough)[0])
     assert holds(1.0, 0.99) is expected
@@ -748,7 +748,7 @@ def test_numbers_that_are_not_finite_are_told_as_bounds():
         tried=None,
     )
     settings = Settings(9, ij.rms_norm, True, False, False, None)
-    _, outcome = finish(state, tolerances(state.x), settings)
+    _, outcome = finish(state, tolerances(state.x), settings, by_steps=False)
     largest = np.finfo(np.float64).max
     np.testing.assert_array_equal(outcome.numbers, [largest, largest, largest, 0.0, 0.0])
 
@@ -908,6 +908,13 @@ def test_each_code_has_its_result():
         assert found == result and str(found) == str(result)
         assert getattr(ij.Result, RESULT_NAMES[code - CONVERGED]) == result
     assert len(RESULT_NAMES) == len(results)
+
+
+def test_a_norm_that_looks_at_the_narrower_leaf_alone():
+    x0 = (jnp.zeros(2, jnp.float32), jnp.zeros(3))
+    f = lambda s: (jnp.cos(s[0]), 0.5 * s[1] + 1)
+    solution = ij.implicit_fixed_point(f, x0, norm=lambda v: jnp.max(jnp.abs(v[0])))
+    np.testing.assert_allclose(solution.value[0], 0.7390851, rtol=1e-4)
 
 
 # Lanes that end one after another.

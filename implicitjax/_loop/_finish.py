@@ -23,8 +23,13 @@ from ._outcome import (
 from ._units import normalise, Tolerances
 
 
-def finish(state: Any, tolerances: Tolerances, settings: Any) -> tuple[list, Outcome]:
-    """The iterate that is returned, and how the loop ended."""
+def finish(
+    state: Any, tolerances: Tolerances, settings: Any, by_steps: bool
+) -> tuple[list, Outcome]:
+    """The iterate that is returned, and how the loop ended.
+
+    `by_steps`: whether steps were judged in the place of residuals.
+    """
     seen, x, fx = Seen(*_tree.cut(*state.seen)), state.x, state.value
     probed = state.code == ACCEPTED
     code = choose(probed, CONVERGED, state.code)
@@ -38,10 +43,13 @@ def finish(state: Any, tolerances: Tolerances, settings: Any) -> tuple[list, Out
     if state.best is not None:
         x, fx, raw = _tree.where(code != CONVERGED, state.best, (x, fx, raw))
     tiny, largest = (float(getattr(jnp.finfo(raw.dtype), k)) for k in ("tiny", "max"))
-    in_units_of_x = seen.error * (raw / jnp.maximum(seen.residual, tiny))
+    at, value = settings.as_constant((x, fx))
+    unit_of_x = raw / jnp.maximum(seen.residual, tiny)
+    if by_steps:
+        unit_of_x = settings.norm(tolerances.at(at, value).tolerance())[None]
+    in_units_of_x = seen.error * unit_of_x
     numbers = lax.concatenate([raw, in_units_of_x, seen.error, seen.falls, seen.most], 0)
     bounds = jnp.asarray([largest, largest, largest, 0.0, 0.0], numbers.dtype)
-    at, value = settings.as_constant((x, fx))
     return x, Outcome(
         numbers=lax.select(jnp.isfinite(numbers), numbers, bounds),
         code=code,

@@ -24,7 +24,7 @@ import numpy as np
 from jax import Array, lax
 from jaxtyping import Bool, Int
 
-from .._tree import cut, join, Number, Numbers, SMALL
+from .._tree import accumulation_dtype, cut, join, Number, Numbers, SMALL
 
 # The residual must be within this part of the tolerance, or less where a caller asks it, or down
 # to round-off. Where it is this part of the first, and a tolerance this part of the iterate, it
@@ -99,11 +99,15 @@ def nothing_seen(dtype: jnp.dtype, **known: Number) -> Numbers:
     return join([known[name] if name in known else constant(name) for name in Seen._fields])
 
 
-def see(seen: Seen, step: Int[Array, ""], now: Measured, sampled: bool) -> Seen:
-    """Takes note of the norms after `step` steps."""
+def see(seen: Seen, step: Int[Array, ""], now: Measured, sampled: bool, amplified: bool) -> Seen:
+    """Takes note of the norms after `step` steps.
+
+    - `sampled`: whether samples tell the error; the rate alone, if not.
+    - `amplified`: whether samples tell what becomes of round-off.
+    """
     at = step.astype(now.residual.dtype)[None]
     sample, most = seen.sample, seen.most
-    if sampled:
+    if amplified:
         sample = take_sample(now.dx, now.dr, now.roundoff)
         # A step whose residuals differ by round-off alone amplified that at least so much.
         lost = ABOVE * now.roundoff
@@ -143,7 +147,7 @@ def see(seen: Seen, step: Int[Array, ""], now: Measured, sampled: bool) -> Seen:
         part=seen.part,
     )
     error = amplification(new, sampled) * jnp.maximum(now.residual, now.roundoff)
-    if sampled:
+    if amplified:
         error = jnp.maximum(error, most * now.roundoff)
     return new._replace(error=error)
 
@@ -212,6 +216,7 @@ def measure(norm: Callable[[list], Array], vectors: Sequence[list]) -> list[Numb
         norms = jnp.stack([norm(vector) for vector in vectors])
     else:
         norms = jax.vmap(norm)([jnp.stack(_alike(leaves)) for leaves in rows])
+    norms = norms.astype(accumulation_dtype(*vectors))  # a norm may look at some leaves alone
     return cut(jnp.minimum(norms, float(jnp.finfo(norms.dtype).max)))
 
 

@@ -126,7 +126,8 @@ def _moving(*data: int) -> Callable:
         if shared is not None:
             return [shared] * len(eqn.outvars)
         arrays = [_labels.full(x) if i in places else x.value for i, x in enumerate(operands)]
-        out = eqn.primitive.bind(*arrays, **eqn.params)
+        fill = {"fill_value": MANY} if "fill_value" in eqn.params else {}  # it is no label
+        out = eqn.primitive.bind(*arrays, **(eqn.params | fill))
         return list(out) if eqn.primitive.multiple_results else [out]
 
     return rule
@@ -163,6 +164,8 @@ def _extreme(beats: Callable) -> Callable:
     def rule(eqn: jec.JaxprEqn, operands: list[Labelled]) -> list:
         a, b = operands
         joined = _labels.join([a.labels, b.labels])
+        if isinstance(joined, int):
+            return [joined]
         second = jnp.where(beats(b.value, a.value), b.labels, MANY)
         chosen = jnp.where(beats(a.value, b.value), a.labels, second)
         return [_labels.if_decided(chosen, joined)]
@@ -173,6 +176,8 @@ def _extreme(beats: Callable) -> Callable:
 def _clamp(eqn: jec.JaxprEqn, operands: list[Labelled]) -> list:
     low, x, high = operands
     joined = _labels.join([x.labels, low.labels, high.labels])
+    if isinstance(joined, int):
+        return [joined]
     within = (x.value > low.value) & (x.value < high.value)
     return [_labels.if_decided(jnp.where(within, x.labels, MANY), joined)]
 
@@ -198,6 +203,8 @@ def _neutral(number: int, *places: int) -> Callable:
 def _product(eqn: jec.JaxprEqn, operands: list[Labelled]) -> list:
     """A product with 1 hands on the other factor; one with 0 nothing of it."""
     (out,) = _neutral(1, 0, 1)(eqn, operands)
+    if _labels.shared(operands) == EXACT:
+        return [EXACT]
     for x in operands:
         if not isinstance(x.value, Tracer) and not np.any(np.asarray(x.value) == 0):
             continue

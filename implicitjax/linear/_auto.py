@@ -64,7 +64,7 @@ class AutoLinearSolver(PrecisionAware):
         """Solves `A u = b`; `b` is a list of real arrays of any shapes."""
         epsilon = self.round_off(b)
         free = lambda A, b, *rtol: matrix_free(A, b, epsilon, *rtol)
-        dense = lambda A, b, *_: factorise(A, b, epsilon)
+        dense = lambda A, b, *_: factorise(A, b, epsilon, self.precise)
         more = () if self.rtol is None else (jnp.asarray(self.rtol),)
         if any(map(explicitly_sharded, b)) or size(b) > self.dense_limit:
             return free(A, b, *more)

@@ -63,8 +63,10 @@ class AbstractLinearSolver(eqx.Module):
     ```
     """
 
-    def at_precision(self, epsilon: float) -> "AbstractLinearSolver":
-        """The same method, where products with `A` have the round-off `epsilon`."""
+    def at_precision(self, epsilon: float, precise: bool = False) -> "AbstractLinearSolver":
+        """The same method, where products with `A` have the round-off `epsilon`, and its entries
+        are `precise`, or have cancelled in the difference `I - J`.
+        """
         return self
 
     def within(self, rtol: Any) -> "AbstractLinearSolver":
@@ -83,13 +85,16 @@ class PrecisionAware(AbstractLinearSolver):
 
     - `epsilon`: the round-off of products with `A`, `None` for that of the dtype; set by
       the package.
+    - `precise`: whether entries of `A` are as precise as that, or may have cancelled, since `A` is
+      `I - J`; set by the package.
     """
 
     epsilon: float | None = eqx.field(static=True, default=None, kw_only=True, repr=False)
+    precise: bool = eqx.field(static=True, default=False, kw_only=True, repr=False)
 
-    def at_precision(self, epsilon: float) -> "PrecisionAware":
-        """The same method, where products with `A` have the round-off `epsilon`."""
-        return dataclasses.replace(self, epsilon=epsilon)
+    def at_precision(self, epsilon: float, precise: bool = False) -> "PrecisionAware":
+        """The same method, where products with `A` are so precise."""
+        return dataclasses.replace(self, epsilon=epsilon, precise=precise)
 
     def within(self, rtol: Any) -> "PrecisionAware":
         """The same method, which may stop at the relative error `rtol`, if its own is `None`."""
@@ -102,16 +107,14 @@ class PrecisionAware(AbstractLinearSolver):
         return own if self.epsilon is None else max(own, self.epsilon)
 
 
-def scaled_solve(
-    solver: AbstractLinearSolver, A: Operator, b: Vector, epsilon: float
-) -> LinearSolution:
+def scaled_solve(solver: AbstractLinearSolver, A: Operator, b: Vector) -> LinearSolution:
     """`solver.solve(A, b)` in units of the size of `b`, so that no square of it overflows or
     vanishes; for `b = 0` the solution is 0, whatever `A` is. `A` is handed on as it is, so that a
     batch of `b` alone is no batch of `A`.
     """
     unit, trivial = robust_norm(rms_norm, b).astype(b[0].dtype), all_zero(b)
     scaled = [leaf / jnp.where(trivial, 1.0, unit) for leaf in b]
-    out = solver.at_precision(epsilon).solve(A, scaled)
+    out = solver.solve(A, scaled)
     value = [jnp.where(trivial, 0.0, leaf * unit) for leaf in out.value]
     residual = jnp.where(trivial, 0.0, out.residual)
     return LinearSolution(value, residual, out.tolerance, out.condition, out.trusted | trivial)

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 from jax.core import eval_jaxpr
 from jax.custom_batching import custom_vmap
@@ -37,7 +38,7 @@ def by_batch(
         return lambda consts, rest: solve(lambda v: closed_over(consts, v), *rest)
 
     def closed_over(consts: list, v: Vector) -> Vector:
-        return eval_jaxpr(jaxpr, (), *consts, *v)
+        return [jnp.asarray(leaf) for leaf in eval_jaxpr(jaxpr, (), *consts, *v)]  # a constant 0
 
     chosen = _choose(of(single), of(shared), of(batched), in_turn)
     return chosen(consts, (b, *more))
@@ -70,12 +71,12 @@ def _of_batch(solve: Callable, which: Any, in_turn: bool) -> Callable:
 
     def one_by_one(*args: Any) -> LinearSolution:
         leaves, structure = jax.tree.flatten(args)
-        is_batched = jax.tree.leaves(which)
+        is_batched, again = jax.tree.leaves(which), _choose(solve, solve, solve, in_turn)
 
         def lane(varied: list) -> LinearSolution:
             left = iter(varied)
             chosen = [next(left) if v else x for x, v in zip(leaves, is_batched, strict=True)]
-            return solve(*jax.tree.unflatten(structure, chosen))
+            return again(*jax.tree.unflatten(structure, chosen))  # batched once more, perhaps
 
         return lax.map(lane, [x for x, v in zip(leaves, is_batched, strict=True) if v])
 

@@ -76,11 +76,11 @@ class DenseLU(PrecisionAware):
 
     def solve(self, A: Operator, b: Vector) -> LinearSolution:
         """Solves `A u = b`; `b` is a list of real arrays with `n` entries in all."""
-        dense = functools.partial(factorise, epsilon=self.round_off(b))
+        dense = functools.partial(factorise, epsilon=self.round_off(b), precise=self.precise)
         return by_batch(A, b, single=dense, shared=dense, batched=dense, in_turn=True)
 
 
-def factorise(A: Operator, b: Vector, epsilon: float) -> LinearSolution:
+def factorise(A: Operator, b: Vector, epsilon: float, precise: bool = False) -> LinearSolution:
     """`A u = b` by a factorisation. Each call of LAPACK needs the result of the one before."""
     matrix, rhs = materialise(A, b), _ravel(b)
     n, digits = rhs.size, epsilon ** (1 / 3)
@@ -89,8 +89,9 @@ def factorise(A: Operator, b: Vector, epsilon: float) -> LinearSolution:
     matrix = matrix + jnp.diag(decided.astype(rhs.dtype))
     factors = jax.scipy.linalg.lu_factor(matrix)
     u = jax.scipy.linalg.lu_solve(factors, rhs)
-    # `A = I - J` may have cancelled what its entries were formed with.
-    formed = jnp.eye(n, dtype=rhs.dtype) + jnp.abs(jnp.eye(n, dtype=rhs.dtype) - matrix)
+    formed = jnp.abs(matrix)
+    if not precise:  # `A = I - J` may have cancelled what its entries were formed with
+        formed = jnp.eye(n, dtype=rhs.dtype) + jnp.abs(jnp.eye(n, dtype=rhs.dtype) - matrix)
     g = epsilon * (matmul(formed, jnp.abs(u)) + jnp.abs(rhs))
     s = probe([rhs, rhs])
     samples = jnp.stack([rhs - matmul(matrix, u), s[0] * g, s[1] * g], axis=1)
@@ -132,9 +133,10 @@ def _without_gauge(
     # In double precision no regular matrix of use is so near to singular, and the right-hand side
     # may hold what the tolerance of the value has left.
     round_off = max(rhs.size * epsilon, epsilon ** (2 / 3) if epsilon < 1e-10 else 0.0)
-    free = values <= _FREE * epsilon * values[0]
-    kept = jnp.where(free, values[0], values)
+    largest = jnp.maximum(values[0], 1.0)  # all of `A` may have cancelled
+    free = values <= _FREE * epsilon * largest
+    kept = jnp.where(free, largest, values)
     along_free = jnp.where(free, jnp.abs(along), 0.0)
     consistent = jnp.max(along_free) <= round_off * jnp.linalg.norm(along)
     u = columns * matmul(right.T, jnp.where(free, 0.0, along / kept))
-    return u, consistent & (jnp.min(kept) >= epsilon ** (2 / 3) * values[0])
+    return u, consistent & (jnp.min(kept) >= epsilon ** (2 / 3) * largest)

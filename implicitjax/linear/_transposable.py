@@ -27,6 +27,7 @@ def transposable_solve(
     on_failure: OnFailure,
     failed: Bool[Array, ""],
     failure: Callable[..., None],
+    precise: bool = False,
 ) -> PyTree:
     """`u` with `A u = b` for pytrees of real or complex arrays of any dtypes.
 
@@ -34,10 +35,11 @@ def transposable_solve(
     linear solve itself fails, `u` is NaN or an exception, as `on_failure` has it. The solution of
     `A u = 0` is 0 in any case, so a lane that the loss does not read does no harm.
 
-    `failure`: raises the error, on the host.
+    `failure`: raises the error, on the host. `precise`: as for `at_precision`.
     """
     to_reals, from_reals = _tree.as_reals(b)
     epsilon = _tree.epsilon(b)
+    solver = solver.at_precision(epsilon, precise)
 
     def operator(v: Vector) -> Vector:
         return to_reals(A(from_reals(v)))
@@ -67,7 +69,7 @@ def _checked(
     failure: Callable[..., None],
 ) -> Vector:
     """The solution where it can be trusted; under `"return"` where it solved anything."""
-    out = scaled_solve(solver, A, b, epsilon)
+    out = scaled_solve(solver, A, b)
     if on_failure == "return":
         solved = (out.residual < _SOLVED) & (out.condition < _SOLVED / epsilon)
         solved = solved | (out.trusted & jnp.isinf(out.tolerance))

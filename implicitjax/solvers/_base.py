@@ -8,10 +8,22 @@ from typing import Any, ClassVar
 import equinox as eqx
 from jax import Array
 
+from .. import _tree
 from .._packing import Packing
 
 Iterate = list[Array]
 Map = Callable[[Iterate], Iterate]
+
+
+@dataclasses.dataclass(frozen=True)
+class ByDefect:
+    """A map `f` known by its defect, `x - f(x)`, from which nothing is lost to round-off."""
+
+    defect: Map
+
+    def __call__(self, x: Iterate) -> Iterate:
+        """`f(x)`."""
+        return _tree.sub(x, self.defect(x))
 
 
 class AbstractSolver(eqx.Module):
@@ -61,6 +73,10 @@ class AbstractSolver(eqx.Module):
     def tried(self, state: Any) -> Array | None:
         """What a solve tried beside its usual steps; see `Stats`. Only `Anderson` tells it."""
         return None
+
+    def judged(self, fx: Iterate, state: Any) -> Iterate:
+        """The value whose difference to the iterate is judged. `Newton` alone overrides it."""
+        return fx
 
     def found(self, state: Any) -> tuple[Any, Any]:
         """Whether the last step is the method's own, and none in its place; and whether any was.

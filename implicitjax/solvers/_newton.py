@@ -13,7 +13,7 @@ from ..linear import AbstractLinearSolver, AutoLinearSolver
 from ..linear._base import default_rtol, Operator, scaled_solve, Vector
 from ..linear._lineax import as_linear_solver
 from ..linear._transposable import with_derivatives
-from ._base import Iterate, LeafAware, Map
+from ._base import ByDefect, Iterate, LeafAware, Map
 from ._scale import in_units, length, safe_ratio, sizes
 
 # A residual has fallen enough if it did by this part of the step.
@@ -35,6 +35,7 @@ class NewtonState(eqx.Module):
     - `left`: how many steps may pass until the residual is less; -1 before the first.
     - `taken`: what part of the last step was taken, wherever it led.
     - `last`: the length of the last residual.
+    - `ahead`: where the whole step from the last iterate leads.
     - `solved`: whether the linear solver found the last step; `ever`: whether it found one.
     """
 
@@ -45,6 +46,7 @@ class NewtonState(eqx.Module):
     left: Int[Array, ""]
     taken: Float[Array, ""]
     last: Float[Array, ""]
+    ahead: Iterate
     solved: Bool[Array, ""]
     ever: Bool[Array, ""]
 
@@ -109,7 +111,11 @@ class Newton(LeafAware):
         one = jnp.ones((), _tree.accumulation_dtype(x))
         left = jnp.full((), -1, jnp.int32)
         no = jnp.zeros((), bool)
-        return NewtonState(zeros, zeros, zeros, one, left, one, last=0 * one, solved=no, ever=no)
+        return NewtonState(zeros, zeros, zeros, one, left, one, 0 * one, zeros, no, no)
+
+    def judged(self, fx: Iterate, state: NewtonState) -> Iterate:
+        """Where the whole step leads: the step is the error of the iterate, to first order."""
+        return _tree.where(state.solved, state.ahead, fx)
 
     def found(self, state: NewtonState) -> tuple[Bool[Array, ""], Bool[Array, ""]]:
         """Not where Picard's step was taken, nor after a step back."""
@@ -119,7 +125,8 @@ class Newton(LeafAware):
         self, f: Map, x: Iterate, fx: Iterate, state: NewtonState
     ) -> tuple[Iterate, NewtonState]:
         """`x + t (I - J)^-1 (f(x) - x)`, or from the best iterate with half the `t`."""
-        started, r = state.left >= 0, _tree.sub(fx, x)
+        started = state.left >= 0
+        r = [-d for d in f.defect(x)] if isinstance(f, ByDefect) else _tree.sub(fx, x)
         unit = sizes(_tree.where(started, state.x, x), self.layout)
         moved = _tree.sub(x, state.x)
         residual, least, away, first = (
@@ -149,6 +156,7 @@ class Newton(LeafAware):
             left=jnp.where(less, _PATIENCE, left),
             taken=taken,
             last=residual,
+            ahead=_tree.axpy(1, step, x),
             solved=solved,
             ever=state.ever | solved,
         )
@@ -158,14 +166,15 @@ class Newton(LeafAware):
     ) -> tuple[Iterate, Bool[Array, ""]]:
         """`(I - J)^-1 r`, or `r` where the linear solver did not find it; and whether it did."""
         to_reals, from_reals = _tree.as_reals(x)
-        linear_solver = self.linear_solver.within(forcing)
+        linear_solver, precise = self.linear_solver.within(forcing), isinstance(f, ByDefect)
+        linear_solver = linear_solver.at_precision(_tree.epsilon(x), precise)
+        defect = f.defect if isinstance(f, ByDefect) else lambda x: _tree.sub(x, f(x))
 
         def A(v: Vector) -> Vector:
-            v = from_reals(v)
-            return to_reals(_tree.sub(v, jax.jvp(f, (x,), (v,))[1]))
+            return to_reals(jax.jvp(defect, (x,), (from_reals(v),))[1])
 
         def solve(A: Operator, b: Vector) -> Vector:
-            out = scaled_solve(linear_solver, A, b, _tree.epsilon(x))
+            out = scaled_solve(linear_solver, A, b)
             return [jnp.where(out.trusted, leaf, jnp.nan) for leaf in out.value]
 
         step = with_derivatives(A, to_reals(r), solve)

@@ -389,6 +389,27 @@ def test_18_a_solver_that_looks_at_its_state_is_not_taken_for_one_that_looks_at_
     )
 
 
+def test_18_a_solver_that_takes_back_is_not_taken_for_one_that_does_not():
+    """A value that is not finite ends the solve of the second; the first steps elsewhere."""
+
+    class One(ij.AbstractSolver):
+        takes_back = True
+
+        def init(self, x):
+            return None
+
+        def step(self, f, x, fx, state):
+            return [jnp.where(jnp.isfinite(b), b, 0.5) for b in fx], state
+
+    class Other(One):
+        takes_back = False
+
+    f = lambda x: jnp.where(x > 1.5, jnp.nan, jnp.where(x < 1.0, jnp.cos(x), 2.0))
+    for solvers in ((One, Other), (Other, One)):
+        ends = {s: solve(f, 1.2, solver=s(), on_failure="return") for s in solvers}
+        assert ends[One].converged and not ends[Other].converged
+
+
 def test_18_progress_calls_the_function_of_this_call():
     """Also where that is equal to an earlier one."""
 

@@ -1,5 +1,7 @@
 """A leaf, or an entry of one, that the map hands on, has the derivative of the guess: entry 17."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -279,6 +281,45 @@ def check_grid(f, modes, tolerance=1e-8, **keywords):
         got = mode(value, argnums=(0, 1))(EDGES, SOURCE)
         np.testing.assert_allclose(got[0], by_guess, atol=tolerance)
         np.testing.assert_allclose(got[1], by_source, atol=tolerance)
+
+
+INDICES: dict[str, Any] = {
+    "of a mask": lambda i: jnp.flatnonzero(i % 4 > 0, size=3),
+    "clipped": lambda i: jnp.clip(i, 1, 3)[1:4],
+    "of a product": lambda i: (i * 1)[1:4],
+    "the larger": lambda i: jnp.maximum(i, 1)[1:4],
+}
+
+
+@pytest.mark.parametrize("how", INDICES)
+def test_17_so_are_those_beside_computed_indices(how):
+    """`u_1 = (u_0 + u_2) / 4` and so on: with edges of 1 the inner points are 2/7, 1/7, 2/7."""
+    f = lambda u: u.at[INDICES[how](jnp.arange(5))].set(0.25 * (u[:-2] + u[2:]))
+    value = lambda edge: solve(f, jnp.zeros(5).at[0].set(edge).at[4].set(edge)).value
+    expected = np.asarray([1, 2 / 7, 1 / 7, 2 / 7, 1])
+    np.testing.assert_allclose(value(1.0), expected, rtol=1e-9)
+    for mode in (jax.jacfwd, jax.jacrev):
+        np.testing.assert_allclose(mode(value)(1.0), expected, rtol=1e-9)
+
+
+@pytest.mark.parametrize("fill", [1.0, 3.0, 0.5, np.nan])
+def test_17_what_fills_in_for_an_entry_outside_is_none(fill):
+    """Entry 0 is the `fill`, not what the guess has there."""
+
+    def f(x):
+        y = x.at[jnp.array([9, 1, 2, 3, 4])].get(mode="fill", fill_value=fill)
+        return y.at[1:-1].set(0.25 * (x[:-2] + x[2:]))
+
+    x0 = jnp.asarray([0.2, 0.0, 0.0, 0.0, 1.0])
+    solution = solve(f, x0, on_failure="return")
+    if np.isnan(fill):
+        assert not solution.converged
+    else:
+        assert solution.converged
+        np.testing.assert_allclose(solution.value, f(solution.value), atol=1e-9)
+        np.testing.assert_allclose(solution.value[0], fill)
+        slope = jax.grad(lambda x0: solve(f, x0, on_failure="nan").value[0])(x0)
+        assert not slope[0]
 
 
 @pytest.mark.parametrize("how", GRIDS)
