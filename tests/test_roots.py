@@ -160,6 +160,58 @@ def test_equations_of_many_sizes_in_one_leaf(solver):
     np.testing.assert_allclose(solution.value, np.linalg.solve(M, b), rtol=1e-9, atol=1e-9)
 
 
+def columns(x, a):
+    """Unknowns from 1 to 1e-10 in one array: `x_i = y_i 10^(-2 i)` with `M y = a (1, 2, ...)`."""
+    units = jnp.asarray(10.0 ** (2 * np.arange(6)), x.dtype)
+    return jnp.asarray(MIXED, x.dtype) @ (units * x) - a * jnp.arange(1, 7, dtype=x.dtype)
+
+
+MIXED = 3 * np.eye(6) + 0.3 * (np.roll(np.eye(6), 1, axis=1) + np.roll(np.eye(6), 3, axis=1))
+# A residual with a parameter near 1, guesses, the root at 1, and its derivative.
+UNLIKE = {
+    "cubes": (
+        lambda x, a: jnp.stack([x[0] ** 3 - a * 1e-9, x[1] ** 3 - 1e9, x[0] * 1e6 - x[2]]),
+        ([1.0, 1.0, 1.0], [0.01, 100.0, 1000.0]),
+        [1e-3, 1e3, 1e3],
+        [1e-3 / 3, 0.0, 1e3 / 3],
+    ),
+    "a square far away": (
+        lambda x, a: jnp.stack([x[0] ** 2 - a * 2e-12, x[1] - 3e8 * x[0]]),
+        ([1.0, 1.0], [1e-6, 400.0], [1e-5, 1000.0]),
+        [2e-12**0.5, 3e8 * 2e-12**0.5],
+        [2e-12**0.5 / 2, 1.5e8 * 2e-12**0.5],
+    ),
+    "an exponential": (
+        lambda x, a: jnp.stack([jnp.exp(x[0]) - a * 1e15, x[1] - x[0]]),
+        ([30.0, 30.0], [40.0, 3.0]),
+        [np.log(1e15)] * 2,
+        [1.0, 1.0],
+    ),
+    "columns": (
+        columns,
+        (np.zeros(6), np.ones(6), 10.0 ** (-2 * np.arange(6))),
+        np.linalg.solve(MIXED, np.arange(1, 7)) * 10.0 ** (-2 * np.arange(6)),
+        np.linalg.solve(MIXED, np.arange(1, 7)) * 10.0 ** (-2 * np.arange(6)),
+    ),
+}
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.float32])
+@pytest.mark.parametrize("name", UNLIKE)
+def test_equations_whose_sizes_are_others_at_the_root(name, dtype):
+    g, guesses, root, slope = UNLIKE[name]
+    one, digits = dtype(1), np.finfo(dtype).eps ** (2 / 3)
+    for guess in guesses:
+        solve = lambda a, x0=guess: ij.implicit_root(g, jnp.asarray(x0, dtype), a).value
+        np.testing.assert_allclose(
+            solve(one), root, rtol=10 * digits, atol=10 * digits * np.mean(np.abs(root))
+        )
+        for mode in (jax.jacfwd, jax.jacrev):
+            found = mode(solve)(one)
+            scale = np.mean(np.abs(slope))
+            np.testing.assert_allclose(found, slope, rtol=100 * digits, atol=100 * digits * scale)
+
+
 @pytest.mark.usefixtures("standard_promotion")
 def test_a_complex_root_of_a_residual_that_is_not_holomorphic():
     """`z + conj(z) / 2 = a`: with `a = p + i q` it is `z = 2 p / 3 + 2 i q`."""

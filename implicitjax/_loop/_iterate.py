@@ -177,6 +177,7 @@ def _judge(
     return new._replace(
         x=_tree.where(accepted, old.x, new.x),
         ahead=perturb(new.ahead, probing, x, r, unit, now, seen.at, tolerances.packing),
+        memory=solver.aside(new.memory, probing),
         code=code,
         look_at=new.step + _number.steps_to_go(seen, enough) if solver.steady else new.look_at,
         seen=numbers,

@@ -13,6 +13,9 @@ its length grows with the slowness of the solve; what round-off leaves is amplif
 sample of all. The residual may hide a tenth of itself in a slow mode. So it must be within a tenth
 of the tolerance; within the tolerance where it is a millionth of the first one and a tolerance is a
 millionth of the iterate, since a mode that it hides then was hardly there at the start.
+
+Of Newton's method `r` is the step, which is the error already, so that `a` is Banach's alone, and
+samples tell what becomes of round-off. Of a root they do not: it is not that of `x - s g(x)`.
 """
 
 from collections.abc import Callable, Sequence
@@ -39,10 +42,10 @@ LOST = 4.0
 class Measured(NamedTuple):
     """The norms at one iterate, in units of the tolerance.
 
-    - `residual`, `roundoff`: of `f(x) - x`, and of what round-off may leave of it.
+    - `residual`, `roundoff`: of `f(x) - x`, or of Newton's step, and of what round-off may leave.
     - `raw`: of `f(x) - x` in the units of the unknown.
-    - `dx`, `dr`: of the differences to the iterate before and to its residual; of a steady method
-      `dx` is the difference to the reference of the watch, and `dr` is not used.
+    - `dx`, `dr`: of the differences to the iterate before and to its residual `f(x) - x`; of a
+      steady method `dx` is the difference to the reference of the watch, and `dr` is not used.
     """
 
     residual: Number

@@ -45,13 +45,14 @@ class DenseLU(PrecisionAware):
 
     The measure is what two samples of a perturbation do, of one unit of round-off in every
     entry of `I`, of `I - A` and of `b`: `A^-1 (s * g) eps` with random `s` and
-    `g = (I + |I - A|) |u| + |b|`. It does not depend on the units of equations or unknowns. Where
-    it says that fewer than a third of the digits are left, `A` counts as singular. The one singular
-    system that is solved is one with a gauge freedom: when its equations and unknowns are scaled,
-    some singular values are round-off, `sigma <= 4 eps sigma_max`, the right-hand side has nothing
-    but round-off along them (in double precision `eps^(2/3)` of it at the most, since the value is
-    no better), and the rest of `A` is regular. Its solution is that of least norm in
-    the scaled unknowns. Everything between is not trusted.
+    `g = (I + |I - A|) |u| + |b|`; of a root, whose `A` is no difference, `g = |A| |u| + |b|`. It
+    does not depend on the units of equations or unknowns. Where it says that fewer than a third of
+    the digits are left, `A` counts as singular. The one singular system that is solved is one with
+    a gauge freedom: when its equations and unknowns are scaled, some singular values are round-off,
+    `sigma <= 4 eps sigma_max`, the right-hand side has nothing but round-off along them (in double
+    precision `eps^(2/3)` of it at the most, since the value is no better), and the rest of `A` is
+    regular. Its solution is that of least norm in the scaled unknowns. Everything between is not
+    trusted.
 
     Costs `n` products, `n^2` numbers and `2/3 n^3` operations for `n` unknowns. On a CPU the
     matrices of a batch are factorised one after another: XLA runs the factorisations of a batch in

@@ -17,7 +17,9 @@ Map = Callable[[Iterate], Iterate]
 
 @dataclasses.dataclass(frozen=True)
 class ByDefect:
-    """A map `f` known by its defect, `x - f(x)`, from which nothing is lost to round-off."""
+    """A map `f` that is known by its `defect`, `x - f(x)`: of a root that is `s g(x)`, in which
+    nothing has cancelled.
+    """
 
     defect: Map
 
@@ -36,11 +38,12 @@ class AbstractSolver(eqx.Module):
 
     - `steady`: whether the residual of a solve falls at the rate of its error, so that the rate
       alone tells the error. A method without memory, such as Picard's iteration.
-    - `uses_map`: whether a step costs evaluations or products of its own. Then a solve has
-      converged only where the next step, which is not taken, is within the tolerance, too.
+    - `uses_map`: whether a step solves the equations to first order, by products of its own. Then
+      the step is judged in the place of the residual.
     - `takes_back`: whether a step copes with an `fx` that is not finite, by a return to an earlier
       iterate. The loop then ends only where an iterate is not finite.
-    - `steps_to_value`: whether the next iterate is `f(x)` itself, so that it is stored once.
+    - `steps_to_value`: whether the next iterate is `f(x)` itself, so that it is stored once; of
+      `Picard` alone.
 
     A method of one's own has two functions.
 
@@ -75,14 +78,18 @@ class AbstractSolver(eqx.Module):
         return None
 
     def judged(self, fx: Iterate, state: Any) -> Iterate:
-        """The value whose difference to the iterate is judged. `Newton` alone overrides it."""
+        """Where `uses_map`: the value whose difference to the iterate is judged."""
         return fx
 
     def found(self, state: Any) -> tuple[Any, Any]:
-        """Whether the last step is the method's own, and none in its place; and whether any was.
-        `Newton` alone overrides it.
+        """Where `uses_map`: whether the last step is the method's own, and none in its place; and
+        whether any was.
         """
         return True, True
+
+    def aside(self, state: Any, probing: Any) -> Any:
+        """The state where the next iterate is a probe, and no step of the method led there."""
+        return state
 
     @abc.abstractmethod
     def init(self, x: Iterate) -> Any:

@@ -1,5 +1,6 @@
 """Newton's method."""
 
+import dataclasses
 from typing import ClassVar
 
 import equinox as eqx
@@ -71,10 +72,10 @@ class Newton(LeafAware):
     the error of the step here, not its residual. Their safeguard is for terms above a tenth, which
     none is. Where the linear solver says that it failed, its step is not taken, but Picard's.
 
-    To first order a step is the error of the iterate that it starts from. So the solve has
-    converged where the next step is within the tolerance, too: an equation that is small beside the
-    others hides nothing. That costs one linear solve. Where it fails, as it may along a gauge
-    freedom, that of an earlier step must not have failed.
+    To first order a step is the error of the iterate that it starts from. So the step is judged in
+    the place of the residual: an equation that is small beside the others hides nothing. That costs
+    one linear solve. Where it fails, as it may along a gauge freedom, the residual must be down to
+    round-off, and an earlier linear solve not have failed.
 
     **Arguments**
 
@@ -120,6 +121,11 @@ class Newton(LeafAware):
     def found(self, state: NewtonState) -> tuple[Bool[Array, ""], Bool[Array, ""]]:
         """Not where Picard's step was taken, nor after a step back."""
         return state.solved, state.ever
+
+    def aside(self, state: NewtonState, probing: Bool[Array, ""]) -> NewtonState:
+        """From a probe no step is taken back."""
+        left = jnp.where(probing, -1, state.left)
+        return dataclasses.replace(state, left=left)
 
     def step(
         self, f: Map, x: Iterate, fx: Iterate, state: NewtonState
