@@ -27,12 +27,9 @@ from ._guess import Guess, instantiate
 from ._tree import nan_like, together
 
 Vector, Map = list[Array], Callable[..., Any]
-LinearSolve = Callable[[Callable[[Vector], Vector], Vector, PyTree], Vector]
 
 
-def by_jvp(
-    F: Map, defect: Map, solve: Map, linear_solve: LinearSolve, mark: Map, guess: Guess
-) -> Map:
+def by_jvp(F: Map, defect: Map, solve: Map, linear_solve: Map, mark: Map, guess: Guess) -> Map:
     """`x*(θ)` with the forward rule. Its tangent is a linear solve that JAX can transpose,
     so that this one rule serves forward mode, reverse mode, and both to any order. `mark(v, w)`
     is `w`, and NaN where there is no solution to differentiate and `v` or `w` is not zero.
@@ -60,9 +57,7 @@ def by_jvp(
     return x_star
 
 
-def by_vjp(
-    F: Map, defect: Map, solve: Map, linear_solve: LinearSolve, mark: Map, guess: Guess
-) -> Map:
+def by_vjp(F: Map, defect: Map, solve: Map, linear_solve: Map, mark: Map, guess: Guess) -> Map:
     """`x*(θ)` with the reverse rule, which needs nothing of `F` but its pullback."""
 
     @jax.custom_vjp

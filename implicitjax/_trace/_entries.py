@@ -112,9 +112,7 @@ def _elementwise(eqn: jec.JaxprEqn, operands: list[Labelled]) -> list:
 
 
 def _moving(*data: int) -> Callable:
-    """Entries elsewhere: the equation is applied to the labels of some operands (of all if none is
-    named), while the others say which entries, and where.
-    """
+    """The labels of some operands (of all if none is named) move; the others say which, and how."""
 
     def rule(eqn: jec.JaxprEqn, operands: list[Labelled]) -> list:
         places = data or range(len(operands))
@@ -164,8 +162,6 @@ def _extreme(beats: Callable) -> Callable:
     def rule(eqn: jec.JaxprEqn, operands: list[Labelled]) -> list:
         a, b = operands
         joined = _labels.join([a.labels, b.labels])
-        if isinstance(joined, int):
-            return [joined]
         second = jnp.where(beats(b.value, a.value), b.labels, MANY)
         chosen = jnp.where(beats(a.value, b.value), a.labels, second)
         return [_labels.if_decided(chosen, joined)]
@@ -176,8 +172,6 @@ def _extreme(beats: Callable) -> Callable:
 def _clamp(eqn: jec.JaxprEqn, operands: list[Labelled]) -> list:
     low, x, high = operands
     joined = _labels.join([x.labels, low.labels, high.labels])
-    if isinstance(joined, int):
-        return [joined]
     within = (x.value > low.value) & (x.value < high.value)
     return [_labels.if_decided(jnp.where(within, x.labels, MANY), joined)]
 

@@ -77,7 +77,7 @@ def exact(labels: Any) -> Any:
 
 def if_decided(chosen: Any, joined: Any) -> Any:
     """`chosen`, where no other entry of the unknown had a say in the choice."""
-    if isinstance(chosen, int) or (isinstance(joined, int) and joined == MANY):
+    if isinstance(chosen, int) or isinstance(joined, int):
         return joined
     return jnp.where(joined == function_of(chosen), chosen, joined)
 

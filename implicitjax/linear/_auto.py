@@ -35,7 +35,7 @@ class AutoLinearSolver(PrecisionAware):
 
     - `dense_limit`: unknowns up to which a matrix is factorised.
     - `rtol`: the relative error of what products alone find; `None` for `eps^(2/3)` of the dtype.
-    - `epsilon`: the round-off of products with `A`; set by the package.
+    - `epsilon`, `precise`: how precise products with `A` are; set by the package.
 
     **Raises**
 
@@ -62,9 +62,9 @@ class AutoLinearSolver(PrecisionAware):
 
     def solve(self, A: Operator, b: Vector) -> LinearSolution:
         """Solves `A u = b`; `b` is a list of real arrays of any shapes."""
-        epsilon = self.round_off(b)
+        epsilon, precise = self.round_off(b), self.precise
         free = lambda A, b, *rtol: matrix_free(A, b, epsilon, *rtol)
-        dense = lambda A, b, *_: factorise(A, b, epsilon, self.precise)
+        dense = lambda A, b, *_: factorise(A, b, epsilon, precise)
         more = () if self.rtol is None else (jnp.asarray(self.rtol),)
         if any(map(explicitly_sharded, b)) or size(b) > self.dense_limit:
             return free(A, b, *more)

@@ -30,7 +30,7 @@ class BiCGStab(PrecisionAware):
     - `rtol`: the relative residual to reach, and the relative error of what is returned;
       `None` for `eps^(2/3)` of the dtype.
     - `max_steps`: steps at the most, by default `min(10 n, 1000)` with `n` unknowns.
-    - `epsilon`: the round-off of products with `A`; set by the package.
+    - `epsilon`, `precise`: how precise products with `A` are; set by the package.
 
     **Raises**
 

@@ -60,7 +60,7 @@ class DenseLU(PrecisionAware):
 
     **Arguments**
 
-    - `epsilon`: the round-off of products with `A`; set by the package.
+    - `epsilon`, `precise`: how precise products with `A` are; set by the package.
 
     ```python
     >>> import jax.numpy as jnp, implicitjax as ij

@@ -31,7 +31,7 @@ class GMRES(PrecisionAware):
       `None` for `eps^(2/3)` of the dtype.
     - `restart`: vectors kept before the method starts anew.
     - `max_steps`: products at the most, by default `min(10 n, 1000)` with `n` unknowns.
-    - `epsilon`: the round-off of products with `A`; set by the package.
+    - `epsilon`, `precise`: how precise products with `A` are; set by the package.
 
     **Raises**
 

@@ -36,7 +36,7 @@ class Neumann(PrecisionAware):
     - `damping`: `d`, above 0 and at most 1.
     - `rtol`, `max_steps`: the relative residual to reach, `None` for `eps^(2/3)` of the
       dtype, and the terms it may take; not used with `terms=k`.
-    - `epsilon`: the round-off of products with `A`; set by the package.
+    - `epsilon`, `precise`: how precise products with `A` are; set by the package.
 
     **Raises**
 
