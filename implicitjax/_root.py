@@ -38,10 +38,10 @@ def implicit_root(
     Three evaluations at the guess measure it: along a small step without a pattern, `s g(x)`
     changes by as much as `x`, and in the same direction. An equation that changes by less than a
     64th of what the others of its leaf do has a larger factor. So the sign of `g` does not matter,
-    nor do the units of its equations.
-    The steps of `Newton` do not depend on `s`. All else is as for `implicit_fixed_point`: the
-    derivatives, the stop test, which bounds the error of `x` and not the size of `g`, and what
-    happens on a failure.
+    nor do the units of its equations; for other methods than `Newton` as far as their sizes at the
+    solution are those at the guess. The steps of `Newton` do not depend on `s`. All else is as for
+    `implicit_fixed_point`: the derivatives, the stop test, which bounds the error of `x` and not
+    the size of `g`, and what happens on a failure.
 
     **Arguments**
 
