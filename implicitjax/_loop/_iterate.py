@@ -155,7 +155,7 @@ def _judge(
     code = _decide(seen, now, enough, solver)
     code, seen = settle(old.code == PROBING, code, visible, before, seen, now, enough, sampled)
     if solver.uses_map:
-        code = _doubt(code, now, *solver.found(new.memory))
+        code = _doubt(code, seen, now, *solver.found(new.memory))
     accepted, probing = code == ACCEPTED, code == PROBING
     numbers = _tree.join(seen)
     if solver.takes_back:  # a value that is not finite shows nothing
@@ -188,13 +188,18 @@ def _judge(
     )
 
 
-def _doubt(code: Int[Array, ""], now: Measured, found: Any, ever: Any) -> Int[Array, ""]:
-    """A step that was not found shows no error. The residual must be down to round-off then, and a
-    step before have been found.
+def _doubt(
+    code: Int[Array, ""], seen: Seen, now: Measured, found: Any, ever: Any
+) -> Int[Array, ""]:
+    """A step that was not found shows no error. Then samples must, or the residual be down to
+    round-off, and a step before have been found.
     """
-    quiet = lax.squeeze(now.residual <= _number.LOST * now.roundoff, (0,)) | (code == ACCEPTED)
+    sample = jnp.maximum(seen.sample, seen.before)
+    small = (sample > 0) & (sample * now.residual <= 1)
+    small = small | (now.residual <= _number.LOST * now.roundoff)
+    enough = lax.squeeze(small, (0,)) | (code == ACCEPTED)
     ends = (code == CONVERGED) | (code == ACCEPTED) | (code == PROBING)
-    return choose(ends & ~(found | (ever & quiet)), RUNNING, code)
+    return choose(ends & ~(found | (ever & enough)), RUNNING, code)
 
 
 def _decide(

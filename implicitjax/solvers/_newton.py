@@ -74,8 +74,9 @@ class Newton(LeafAware):
 
     To first order a step is the error of the iterate that it starts from. So the step is judged in
     the place of the residual: an equation that is small beside the others hides nothing. That costs
-    one linear solve. Where it fails, as it may along a gauge freedom, the residual must be down to
-    round-off, and an earlier linear solve not have failed.
+    one linear solve. Where it fails, as it may along a gauge freedom, an earlier one must not have
+    failed, and differences of residuals show that the error is small, or the residual be down to
+    round-off.
 
     **Arguments**
 
