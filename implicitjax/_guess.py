@@ -24,7 +24,7 @@ from ._packing import Packing
 from ._solution import DerivativeError
 from .linear._base import probe
 
-Vector = list[Array]
+Vector, Flags = list[Array], list[Bool[Array, "..."]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Guess:
     paths: tuple[str, ...]
     on_failure: str
 
-    def decided(self, J: Callable[[Vector], Vector], x: Vector) -> list[Bool[Array, "..."]]:
+    def decided(self, J: Callable[[Vector], Vector], x: Vector) -> Flags:
         """Which entries the guess has decided: row `i` of `J` is not zero, and another step does
         not change it. So it is for `J p`, `J J p`, ... of a vector `p` without a pattern, so many
         that this happens by chance nowhere.
@@ -63,25 +63,22 @@ class Guess:
         return lax.scan(once, start, jnp.arange(1 - -40 // digits))[0][0]
 
     def along(
-        self,
-        x0_dot: list,
-        J: Callable[[Vector], Vector],
-        x: Vector,
-        outcome: Outcome,
-        x_dot: Vector | None,
-    ) -> Vector:
-        """The tangent `x_dot` along parameters, and that along the guess."""
-        if x_dot is not None and all(isinstance(t, SymbolicZero) for t in x0_dot):
-            return x_dot
+        self, x0_dot: list, J: Callable[[Vector], Vector], x: Vector, outcome: Outcome
+    ) -> tuple[Flags | None, Vector | None, Vector | None]:
+        """Of a guess that moves: which entries it has decided, the right-hand side that a singular
+        `A` must refuse, and the tangent along what it has decided. `None` of one that does not.
+        """
+        if all(isinstance(t, SymbolicZero) for t in x0_dot):
+            return None, None, None
+        moved = J(list(map(instantiate, x0_dot)))
         decided = self.decided(J, _tree.stop_gradient(x))
-        by_guess = self.tangent(decided, J, outcome, list(map(instantiate, x0_dot)))
-        return by_guess if x_dot is None else _tree.axpy(1, x_dot, by_guess)
+        rest = [jnp.where(d, 0, t).astype(t.dtype) for d, t in zip(decided, moved, strict=True)]
+        return decided, rest, self.tangent(decided, moved, outcome)
 
-    def tangent(
-        self, decided: list, J: Callable[[Vector], Vector], outcome: Outcome, x0_dot: Vector
-    ) -> Vector:
-        """The tangent of the solution along that of the guess, and transposed: zero, where neither
-        an entry that the guess has decided moves, nor the solve has failed.
+    def tangent(self, decided: list, moved: Vector, outcome: Outcome) -> Vector:
+        """The tangent of the solution along that of the guess, which moves its value by `moved`,
+        and transposed: zero, where neither an entry that the guess has decided moves, nor the solve
+        has failed.
         """
         failed = outcome.code != CONVERGED
         unknown = jnp.zeros((), bool) if self.on_failure == "return" else failed
@@ -101,9 +98,7 @@ class Guess:
             found = jnp.any(reads.T & moved[None], axis=1) & of_leaf
             return self._refuse(found, found, failed, b)
 
-        moving = [
-            jnp.where(d, t, 0).astype(t.dtype) for d, t in zip(decided, J(x0_dot), strict=True)
-        ]
+        moving = [jnp.where(d, t, 0).astype(t.dtype) for d, t in zip(decided, moved, strict=True)]
         moving = _tree.together(moving)  # one linear map
         return lax.custom_linear_solve(lambda v: v, moving, forward, transpose_solve=transposed)
 
@@ -126,6 +121,11 @@ class Guess:
         return self.packed.pack(
             [jnp.where(no, _tree.nan_like(leaf), jnp.zeros_like(leaf)) for no, leaf in leaves]
         )
+
+
+def hold(decided: Flags | None, x: Vector, defect: Vector) -> Vector:
+    """The defect, with `x_i` in place of an equation `x_i = x_i`."""
+    return defect if decided is None else list(map(jnp.where, decided, x, defect))
 
 
 def instantiate(t: Any) -> Array:

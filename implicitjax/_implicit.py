@@ -23,8 +23,8 @@ from jax import Array, lax
 from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
 from jaxtyping import PyTree
 
-from ._guess import Guess, instantiate
-from ._tree import nan_like, together
+from ._guess import Guess, hold, instantiate
+from ._tree import axpy, nan_like, together
 
 Vector, Map = list[Array], Callable[..., Any]
 
@@ -42,15 +42,15 @@ def by_jvp(F: Map, defect: Map, solve: Map, linear_solve: Map, mark: Map, guess:
     def rule(primals: tuple, tangents: tuple) -> tuple:
         (θ, x0, fixed), (θ_dot, x0_dot, _) = primals, tangents
         x, outcome = x_star(θ, x0, fixed)
-        moving, x_dot = [not isinstance(t, SymbolicZero) for t in θ_dot], None
+        moving = [not isinstance(t, SymbolicZero) for t in θ_dot]
         J = _pushforward(lambda x: F(θ, x), x)
-        if any(moving):
-            A = _linearize(lambda x: defect(θ, x), x)
-            B = _pushforward(lambda part: F(_merge(moving, part, θ), x), _pick(moving, θ))
-            θ_dot = mark((), _pick(moving, θ_dot), outcome)
-            b = together(B(θ_dot))
-            x_dot = mark(θ_dot, linear_solve(A, b, outcome), outcome)
-        x_dot = guess.along(x0_dot, J, x, outcome, x_dot)
+        B = _pushforward(lambda part: F(_merge(moving, part, θ), x), _pick(moving, θ))
+        θ_dot = mark((), _pick(moving, θ_dot), outcome)
+        decided, rest, by_guess = guess.along(x0_dot, J, x, outcome)
+        decided, b = (None, together(B(θ_dot))) if θ_dot else (decided, axpy(-1, rest, rest))
+        A = _linearize(lambda x: hold(decided, x, defect(θ, x)), x)
+        x_dot = mark(θ_dot, linear_solve(A, b, outcome, rest), outcome)
+        x_dot = x_dot if by_guess is None else axpy(1, x_dot, by_guess)
         return (x, outcome), (x_dot, jax.tree.map(_no_tangent, outcome))
 
     x_star.defjvp(rule, symbolic_zeros=True)
@@ -67,20 +67,20 @@ def by_vjp(F: Map, defect: Map, solve: Map, linear_solve: Map, mark: Map, guess:
     def forward(*primals: PyTree) -> tuple:
         θ, x0, fixed = jax.tree.map(lambda p: p.value, primals, is_leaf=_is_primal)
         x, outcome = x_star(θ, x0, fixed)
-        moves = any(p.perturbed for p in primals[1])
+        moving, moves = (any(p.perturbed for p in part) for part in primals[:2])
         decided = guess.decided(_double_transpose(lambda x: F(θ, x), x), x) if moves else None
-        return (x, outcome), (θ, x, outcome, decided)
+        return (x, outcome), (θ, x, outcome, decided, None if moving else decided)
 
     def backward(residuals: tuple, cotangents: tuple) -> tuple:
-        (θ, x, outcome, decided), x_bar = residuals, list(map(instantiate, cotangents[0]))
+        (θ, x, outcome, decided, held), x_bar = residuals, list(map(instantiate, cotangents[0]))
         # One by one: with what `Bᵀ` alone reads, `Aᵀ` would seem to change with it.
-        _, pull_x = jax.vjp(lambda x: defect(θ, x), x)
+        _, pull_x = jax.vjp(lambda x: hold(held, x, defect(θ, x)), x)
         _, pull_θ = jax.vjp(lambda θ: F(θ, x), θ)
         u, x0_bar = linear_solve(lambda u: pull_x(u)[0], x_bar, outcome), None
         if decided is not None:
             J = _double_transpose(lambda x: F(θ, x), x)
-            tangent = lambda x0_dot: guess.tangent(decided, J, outcome, x0_dot)
-            (x0_bar,) = jax.linear_transpose(tangent, x)(x_bar)
+            tangent = lambda x0_dot: guess.tangent(decided, J(x0_dot), outcome)
+            x0_bar = axpy(0, u, jax.linear_transpose(tangent, x)(x_bar)[0])  # if `A` is regular
         return mark(x_bar, pull_θ(u)[0], outcome), x0_bar, None
 
     x_star.defvjp(forward, backward, symbolic_zeros=True)

@@ -239,9 +239,9 @@ def _differentiable(
     """`find` with the rule of the theorem."""
     failure = DerivativeFailure(problem.kind, problem.rounded)
 
-    def linear_solve(A: Callable, b: list, outcome: Outcome) -> list:
+    def linear_solve(A: Callable, b: list, outcome: Outcome, by_guess: list | None = None) -> list:
         failed, solver = outcome.code != CONVERGED, adjoint.linear_solver
-        return transposable_solve(A, b, solver, on_failure, failed, failure, precise=problem.root)
+        return transposable_solve(A, b, solver, on_failure, failed, failure, problem.root, by_guess)
 
     def mark(moved: Sequence, derivative: list, outcome: Outcome) -> list:
         if on_failure != "nan":

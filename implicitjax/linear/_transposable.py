@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any, Literal
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Bool, PyTree
@@ -18,6 +19,7 @@ from ._base import AbstractLinearSolver, Operator, scaled_solve, Vector
 _SOLVED = 0.1
 
 OnFailure = Literal["raise", "nan", "return"]
+Solve = Callable[[Operator, Vector], Vector]
 
 
 def transposable_solve(
@@ -28,6 +30,7 @@ def transposable_solve(
     failed: Bool[Array, ""],
     failure: Callable[..., None],
     precise: bool = False,
+    by_guess: PyTree = None,
 ) -> PyTree:
     """`u` with `A u = b` for pytrees of real or complex arrays of any dtypes.
 
@@ -36,6 +39,9 @@ def transposable_solve(
     `A u = 0` is 0 in any case, so a lane that the loss does not read does no harm.
 
     `failure`: raises the error, on the host. `precise`: as for `at_precision`.
+
+    `by_guess`: a right-hand side like `b`, of which nothing must be left but `0 A^-1`. A singular
+    `A` refuses it as it would `b`.
     """
     to_reals, from_reals = _tree.as_reals(b)
     epsilon = _tree.epsilon(b)
@@ -45,15 +51,40 @@ def transposable_solve(
         return to_reals(A(from_reals(v)))
 
     def solve(A: Operator, b: Vector) -> Vector:
-        return _checked(A, b, solver, on_failure, failed, epsilon, failure)
+        return _checked(A, [b], solver, on_failure, failed, epsilon, failure)[0]
 
-    return from_reals(with_derivatives(operator, to_reals(b), solve))
+    if by_guess is None:
+        return from_reals(with_derivatives(operator, to_reals(b), solve))
+
+    def forward(pair_of: Operator, both: Vector) -> Vector:
+        k = len(both) // 2
+        A = lambda v: pair_of([*v, *map(jnp.zeros_like, v)])[:k]
+        pair = [both[:k], both[k:]]
+        u, nothing = _checked(A, pair, solver, on_failure, failed, epsilon, failure)
+        return [*_tree.axpy(0, nothing, u), *both[k:]]
+
+    def transposed(pair_of: Operator, both: Vector) -> Vector:
+        k = len(both) // 2
+        A = lambda v: pair_of([*v, *map(jnp.zeros_like, v)])[:k]
+        u = solve(A, both[:k])
+        return [*u, *_tree.axpy(0, u, both[k:])]
+
+    def pair_of(both: Vector) -> Vector:  # what moves `A` moves all, as `together` has it
+        k = len(both) // 2
+        both = _tree.together(both)
+        return _tree.together([*operator(both[:k]), *both[k:]])
+
+    both = _tree.together([*to_reals(b), *to_reals(by_guess)])
+    both = with_derivatives(pair_of, both, forward, transposed)
+    return from_reals(_tree.together(both)[: len(both) // 2])
 
 
-def with_derivatives(A: Operator, b: Vector, solve: Callable[[Operator, Vector], Vector]) -> Vector:
+def with_derivatives(
+    A: Operator, b: Vector, solve: Solve, transpose_solve: Solve | None = None
+) -> Vector:
     """`solve(A, b)` with the derivatives, and where it has one the transpose, of `A^-1 b`."""
     try:
-        return lax.custom_linear_solve(A, b, solve, transpose_solve=solve)
+        return lax.custom_linear_solve(A, b, solve, transpose_solve=transpose_solve or solve)
     except (ValueError, NotImplementedError):
         # `A` has no transpose (a `while_loop` within the map): forward mode alone.
         return lax.custom_linear_solve(A, b, solve)
@@ -61,30 +92,40 @@ def with_derivatives(A: Operator, b: Vector, solve: Callable[[Operator, Vector],
 
 def _checked(
     A: Operator,
-    b: Vector,
+    rhs: list[Vector],
     solver: AbstractLinearSolver,
     on_failure: OnFailure,
     failed: Array,
     epsilon: float,
     failure: Callable[..., None],
-) -> Vector:
-    """The solution where it can be trusted; under `"return"` where it solved anything."""
-    out = scaled_solve(solver, A, b)
+) -> list[Vector]:
+    """The solutions where all of them can be trusted; under `"return"` where each of
+    them solved anything.
+
+    Of several right-hand sides, one after another is solved for, by one program.
+    """
+    one = lambda b: scaled_solve(solver, A, b)
+    if len(rhs) == 1:
+        out = jax.tree.map(lambda leaf: leaf[None], one(*rhs))
+    else:
+        out = lax.map(one, jax.tree.map(lambda *leaves: jnp.stack(leaves), *rhs))
+    values = [[leaf[i] for leaf in out.value] for i in range(len(rhs))]
+    zero = jnp.stack([_tree.all_zero(b) for b in rhs])
     if on_failure == "return":
         solved = (out.residual < _SOLVED) & (out.condition < _SOLVED / epsilon)
-        solved = solved | (out.trusted & jnp.isinf(out.tolerance))
-        solved = solved | _tree.all_zero(b)
-        return [jnp.where(solved, leaf, jnp.nan) for leaf in out.value]
-    untrusted = ~out.trusted
-    bad = untrusted | (failed & ~_tree.all_zero(b))
+        solved = jnp.all(solved | (out.trusted & jnp.isinf(out.tolerance)) | zero)
+        return [[jnp.where(solved, leaf, jnp.nan) for leaf in u] for u in values]
+    untrusted = ~jnp.all(out.trusted)
+    bad = untrusted | (failed & ~jnp.all(zero))
     if on_failure == "raise":
+        worst = jnp.argmin(out.trusted)
         numbers: dict[str, Any] = {
-            "residual": out.residual,
-            "tolerance": out.tolerance,
-            "condition": out.condition,
+            "residual": out.residual[worst],
+            "tolerance": out.tolerance[worst],
+            "condition": out.condition[worst],
         }
         bad = bad | raise_if(untrusted & ~failed, failure, numbers)
-    return [jnp.where(bad, jnp.nan, leaf) for leaf in out.value]
+    return [[jnp.where(bad, jnp.nan, leaf) for leaf in u] for u in values]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -517,3 +517,33 @@ def test_17_or_an_error_that_names_the_leaf(how):
     regular = (jnp.asarray([0.0, 0.0, 1.0]), jnp.asarray(1.0))
     for leaf in jax.tree.leaves(jax.jvp(value, (k, z), regular)[1]):
         np.testing.assert_array_equal(leaf, 0.0)
+
+
+def stationary(n, **keywords):
+    """The distribution that a transition matrix leaves, from a guess that decides its sum."""
+    P = np.random.default_rng(0).uniform(size=(n, n))
+    P = jnp.asarray(P / P.sum(axis=1, keepdims=True))
+    return lambda x0, c: solve(lambda x: P.T @ x + c * 0.0, x0, **keywords).value
+
+
+@pytest.mark.parametrize("n", [6, 100])  # dense, and by products
+@pytest.mark.parametrize("on_failure", ["nan", "return"])
+def test_17_no_derivative_of_a_guess_that_has_decided_what_the_map_conserves(n, on_failure):
+    value = stationary(n, on_failure=on_failure)
+    x0, t, c = jnp.ones(n) / n, jnp.sin(jnp.arange(1.0, n + 1)), jnp.asarray(1.0)
+    by_both = jax.jit(lambda t, c_dot: jax.jvp(value, (x0, c), (t, c_dot))[1])
+    by_guess = jax.jit(lambda t: jax.jvp(lambda x0: value(x0, c), (x0,), (t,))[1])
+    assert np.all(np.isnan(by_guess(t)))
+    assert np.all(np.isnan(by_both(t, c)))
+    if on_failure == "nan":
+        np.testing.assert_array_equal(by_guess(t - jnp.mean(t)), 0.0)  # the sum does not move
+    for rule in ("jvp", "vjp"):
+        value = stationary(n, on_failure=on_failure, adjoint=ij.ImplicitAdjoint(rule=rule))
+        assert np.all(np.isnan(jax.jit(jax.grad(lambda x0: value(x0, c)[0]))(x0)))  # noqa: B023
+
+
+def test_17_or_an_error_where_the_map_conserves_something():
+    value = stationary(6, on_failure="raise")
+    x0, c = jnp.ones(6) / 6, jnp.asarray(1.0)
+    with pytest.raises(ij.DerivativeError, match="the map conserves something"):
+        jax.jvp(lambda x0: value(x0, c), (x0,), (x0,))
