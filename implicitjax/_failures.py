@@ -192,5 +192,6 @@ def mark_together(moved: Sequence, derivative: list, failed: Bool[Array, ""]) ->
     """
     inexact = lambda t: jnp.issubdtype(t.dtype, jnp.inexact)
     both = _tree.together([t for t in (*moved, *derivative) if inexact(t)])
-    marked = iter(mark_failed(both, failed)[sum(map(inexact, moved)) :])
+    marked = _tree.together(mark_failed(both, failed))
+    marked = iter(marked[sum(map(inexact, moved)) :])
     return [next(marked) if inexact(t) else t for t in derivative]

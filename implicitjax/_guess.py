@@ -8,6 +8,7 @@ a projection, such as `x / |x|`: row `i` of `J` is not zero, and the same as tha
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -100,7 +101,8 @@ class Guess:
 
         moving = [jnp.where(d, t, 0).astype(t.dtype) for d, t in zip(decided, moved, strict=True)]
         moving = _tree.together(moving)  # one linear map
-        return lax.custom_linear_solve(lambda v: v, moving, forward, transpose_solve=transposed)
+        solve = functools.partial(lax.custom_linear_solve, transpose_solve=transposed)
+        return _tree.together(solve(lambda v: v, moving, forward))
 
     def _any(self, flags: list) -> Bool[Array, " leaves"]:
         return jnp.stack([jnp.any(leaf) for leaf in self.packed.unpack(flags)])

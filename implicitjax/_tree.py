@@ -95,7 +95,8 @@ def matmul(a: Array, b: Array) -> Array:
 def together(x: Sequence[Array]) -> list[Array]:
     """The arrays; where a derivative moves one of them, it moves all.
 
-    JAX cannot transpose a linear solve of whose right-hand side some arrays are constant. XLA
+    JAX cannot transpose a linear solve of whose right-hand side some arrays are constant, nor
+    differentiate its transpose where some cotangents of its solution are: so both are joined. XLA
     leaves nothing of this: it never takes the sum. (Of `lax.optimization_barrier`, which joined
     them once, JAX 0.11.2 has no transpose if some are constant.)
     """

@@ -52,6 +52,40 @@ def test_a_forward_derivative_of_reverse_mode_through_a_scan_is_right_or_refused
     np.testing.assert_allclose(jax.jacrev(jax.jacfwd(total))(8.0), -3 / 144, rtol=1e-9)
 
 
+@pytest.mark.parametrize("on_failure", ["raise", "nan"])
+@pytest.mark.parametrize("outer", [jax.jacfwd, jax.jacrev])
+def test_a_hessian_of_a_loss_that_reads_one_of_two_vectors(outer, on_failure):
+    """A float64 and a float32 leaf; of the linear map `x = K x + t` it is `2 a a^T`, with `a` the
+    first row of `(I - K)^-1`.
+    """
+    K = np.array([[0.5, 0.1], [0.1, 0.3]])
+    options = {"rtol": 1e-4, "on_failure": on_failure}
+
+    def f(x, t):
+        both = jnp.asarray(K) @ jnp.stack([x["a"], x["b"].astype(x["a"].dtype)]) + t
+        return {"a": both[0], "b": both[1].astype(jnp.float32)}
+
+    def loss(t):
+        guess = {"a": jnp.asarray(0.0), "b": jnp.zeros((), jnp.float32)}
+        return ij.implicit_fixed_point(f, guess, t, **options).value["a"] ** 2
+
+    a = np.linalg.inv(np.eye(2) - K)[0]
+    hessian = jax.jit(outer(jax.jacrev(loss)))(jnp.ones(2))
+    np.testing.assert_allclose(hessian, 2 * np.outer(a, a), rtol=1e-5)
+
+
+@pytest.mark.parametrize("outer", [jax.jacfwd, jax.jacrev])
+def test_a_second_derivative_by_reverse_mode_where_a_lane_has_failed(outer):
+    """That of `a^(3/2)` is `3 / 4 a^(-1/2)`; -1 has no root."""
+
+    def cube(a):
+        f = lambda x: 0.5 * (x + a / x)
+        return ij.implicit_fixed_point(f, 1.0, on_failure="nan", max_steps=20).value ** 3
+
+    second = jax.jit(jax.vmap(outer(jax.grad(cube))))(jnp.asarray([4.0, -1.0]))
+    np.testing.assert_allclose(second, [3 / 4 / 2, jnp.nan], rtol=1e-7)
+
+
 def test_a_third_derivative():
     def root(a):
         return ij.implicit_fixed_point(lambda x: 0.5 * (x + a / x), 1.0, solver=ij.Newton()).value

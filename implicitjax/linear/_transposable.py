@@ -54,7 +54,7 @@ def transposable_solve(
         return _checked(A, [b], solver, on_failure, failed, epsilon, failure)[0]
 
     if by_guess is None:
-        return from_reals(with_derivatives(operator, to_reals(b), solve))
+        return from_reals(_tree.together(with_derivatives(operator, to_reals(b), solve)))
 
     def forward(pair_of: Operator, both: Vector) -> Vector:
         k = len(both) // 2
