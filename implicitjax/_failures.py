@@ -154,13 +154,8 @@ def derivative_nan_if(
 def _(raiser: Callable[..., None] | None, primals: tuple, tangents: tuple) -> tuple[list, list]:
     (failed, operands, x, theta), (_, _, x_dot, theta_dot) = primals, tangents
     tell = raiser and functools.partial(raise_if, raiser=raiser, operands=operands)
-    # One linear map: what is not differentiated has a tangent of zeros here.
-    moving = _tree.together([t for t in theta_dot if t.dtype != jax.dtypes.float0])
-    marked = mark_failed(moving, failed, tell)
-    marks = [m - t for m, t in zip(marked, moving, strict=True)]
-    mark = functools.reduce(jnp.add, [jnp.sum(jnp.real(m)) for m in marks], jnp.zeros(()))
     out = derivative_nan_if(failed, operands, x, theta, raiser)
-    return out, [t + mark.astype(t.dtype) for t in x_dot]
+    return out, mark_together(theta_dot, x_dot, failed, tell)
 
 
 def mark_failed(
@@ -183,15 +178,20 @@ def mark_failed(
     return lax.custom_linear_solve(lambda v: v, tangent, solve, transpose_solve=solve)
 
 
-def mark_together(moved: Sequence, derivative: list, failed: Bool[Array, ""]) -> list:
+def mark_together(
+    moved: Sequence,
+    derivative: list,
+    failed: Bool[Array, ""],
+    tell: Callable[[Array], Array] | None = None,
+) -> list:
     """`derivative`, NaN if `failed` and anything of `moved` is not zero; transposed, `moved` is NaN
     if `failed` and anything of `derivative` is not zero.
 
     A map may lose NaN on the way from one to the other: `select` leaves zero of it. Which
-    parameters the map reads is not asked.
+    parameters the map reads is not asked. `tell`: as for `mark_failed`.
     """
     inexact = lambda t: jnp.issubdtype(t.dtype, jnp.inexact)
     both = _tree.together([t for t in (*moved, *derivative) if inexact(t)])
-    marked = _tree.together(mark_failed(both, failed))
+    marked = _tree.together(mark_failed(both, failed, tell))
     marked = iter(marked[sum(map(inexact, moved)) :])
     return [next(marked) if inexact(t) else t for t in derivative]

@@ -49,7 +49,8 @@ def by_jvp(F: Map, defect: Map, solve: Map, linear_solve: Map, mark: Map, guess:
         decided, rest, by_guess = guess.along(x0_dot, J, x, outcome)
         decided, b = (None, together(B(θ_dot))) if θ_dot else (decided, axpy(-1, rest, rest))
         A = _linearize(lambda x: hold(decided, x, defect(θ, x)), x)
-        x_dot = mark(θ_dot, linear_solve(A, b, outcome, rest), outcome)
+        moved = [*θ_dot, *(t for t in x0_dot if not isinstance(t, SymbolicZero))]
+        x_dot = mark(moved, linear_solve(A, b, outcome, rest), outcome)
         x_dot = x_dot if by_guess is None else axpy(1, x_dot, by_guess)
         return (x, outcome), (x_dot, jax.tree.map(_no_tangent, outcome))
 

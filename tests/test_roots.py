@@ -403,3 +403,20 @@ def test_the_error_of_a_derivative_speaks_of_the_root():
     assert words.startswith("The derivative of the root could not be computed: its linear solve")
     assert "with I - df/dx, where f(x) = x - s g(x), failed" in words
     assert words.splitlines()[-1].startswith("`ij.diagnose(g, solution.value, *args, root=True)`")
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+@pytest.mark.parametrize(
+    "g, guess",
+    [
+        (lambda x: 1 / x, 1.0),
+        (lambda x: jnp.exp(-x), 1.0),
+        (lambda x: x * jnp.exp(-x), 3.0),
+        (lambda x: 1 / (1 + x**2), 1.5),
+    ],
+)
+def test_an_iterate_that_runs_away_is_no_root(g, guess, dtype):
+    """Newton's steps stay as long as they are, until the residual is lost in round-off."""
+    solve = lambda t: ij.implicit_root(lambda x: t * g(x), guess, on_failure="nan").value
+    one = jnp.ones((), dtype)
+    assert np.isnan(solve(one)) and np.isnan(jax.grad(solve)(one))

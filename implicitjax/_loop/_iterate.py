@@ -189,17 +189,17 @@ def _judge(
 
 
 def _doubt(
-    code: Int[Array, ""], seen: Seen, now: Measured, found: Any, ever: Any
+    code: Int[Array, ""], seen: Seen, now: Measured, found: Any, near: Any
 ) -> Int[Array, ""]:
     """A step that was not found shows no error. Then samples must, or the residual be down to
-    round-off, and a step before have been found.
+    round-off, and a short step before have been found: what runs away takes long ones.
     """
     sample = jnp.maximum(seen.sample, seen.before)
     small = (sample > 0) & (sample * now.residual <= 1)
     small = small | (now.residual <= _number.LOST * now.roundoff)
     enough = lax.squeeze(small, (0,)) | (code == ACCEPTED)
     ends = (code == CONVERGED) | (code == ACCEPTED) | (code == PROBING)
-    return choose(ends & ~(found | (ever & enough)), RUNNING, code)
+    return choose(ends & ~(found | (near & enough)), RUNNING, code)
 
 
 def _decide(

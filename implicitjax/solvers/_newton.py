@@ -24,6 +24,8 @@ _ENOUGH = 1e-4
 _PATIENCE, _WORSE, _FAR = 4, 100.0, 10.0
 # Where so small a part of a step does not help either, so many steps are taken at will.
 _SMALL, _FREE = 2.0**-10, 64
+# A step is short that is so many default tolerances of the iterate.
+_NEAR = 10.0
 # The largest forcing term, and `gamma` of Eisenstat and Walker.
 _FORCING, _GAMMA = 0.1, 0.9
 
@@ -37,7 +39,8 @@ class NewtonState(eqx.Module):
     - `taken`: what part of the last step was taken, wherever it led.
     - `last`: the length of the last residual.
     - `ahead`: where the whole step from the last iterate leads.
-    - `solved`: whether the linear solver found the last step; `ever`: whether it found one.
+    - `solved`: whether the linear solver found the last step; `near`: whether it found one that was
+      short, as near a solution.
     """
 
     x: Iterate
@@ -49,7 +52,7 @@ class NewtonState(eqx.Module):
     last: Float[Array, ""]
     ahead: Iterate
     solved: Bool[Array, ""]
-    ever: Bool[Array, ""]
+    near: Bool[Array, ""]
 
 
 class Newton(LeafAware):
@@ -121,7 +124,7 @@ class Newton(LeafAware):
 
     def found(self, state: NewtonState) -> tuple[Bool[Array, ""], Bool[Array, ""]]:
         """Not where Picard's step was taken, nor after a step back."""
-        return state.solved, state.ever
+        return state.solved, state.near
 
     def aside(self, state: NewtonState, probing: Bool[Array, ""]) -> NewtonState:
         """From a probe no step is taken back."""
@@ -157,6 +160,8 @@ class Newton(LeafAware):
         taken = jnp.where(lost, 1, part)
         ahead = _tree.axpy(taken, step, _tree.where(back, state.x, x))
         best = _tree.where(less, (x, r, step), (state.x, state.r, state.step))
+        long, size = (length(in_units(v, unit)) for v in _tree.stop_gradient((step, x)))
+        near = solved & (long <= _NEAR * default_rtol(size.dtype) * size)
         return ahead, NewtonState(
             *best,
             part=jnp.where(less | back, part, state.part),
@@ -165,7 +170,7 @@ class Newton(LeafAware):
             last=residual,
             ahead=_tree.axpy(1, step, x),
             solved=solved,
-            ever=state.ever | solved,
+            near=state.near | near,
         )
 
     def _solve(

@@ -172,3 +172,25 @@ def test_23_an_approximation_that_was_asked_for_is_finite():
         return ij.implicit_fixed_point(f, 0.0, adjoint=adjoint, on_failure="return").value
 
     np.testing.assert_allclose(jax.grad(value)(1.0), 1.0)
+
+
+@pytest.mark.parametrize("mode", [jax.jacfwd, jax.grad])
+def test_23_a_cotangent_whose_entries_cancel_hides_no_mark(mode):
+    """The same from next to the solution, of a loss that is the difference of two entries."""
+    f = lambda x, t: 0.5 * jnp.cos(t * x) + jnp.asarray([1.0, 2.0])
+    guess = ij.implicit_fixed_point(f, jnp.ones(2), 1.0).value
+
+    def loss(t):
+        options = {"solver": PICARD, "adjoint": UNROLLED, "max_steps": 60, "on_failure": "nan"}
+        x = ij.implicit_fixed_point(f, guess, t, **options).value
+        return x[0] - x[1]
+
+    assert np.isfinite(loss(1.0))
+    assert np.isnan(mode(loss)(1.0))
+
+
+@pytest.mark.parametrize("mode", [jax.jacfwd, jax.jacrev])
+def test_23_a_failed_solve_has_no_derivative_in_the_guess(mode):
+    f = lambda x: 3 * x**3 + jnp.asarray([1.0, 2.0])  # diverges from 0
+    solve = lambda x0: ij.implicit_fixed_point(f, x0, solver=PICARD, on_failure="nan").value
+    assert np.isnan(mode(solve)(jnp.zeros(2))).all()
