@@ -65,7 +65,8 @@ class UnrolledAdjoint(AbstractAdjoint):
     map whose fixed point is not regular. The steps are compiled as a scan.
 
     The iterations drive the derivative from zero, as they drive the value from the guess, so that
-    it is about as far off as the residual that is left of the first one. From a guess so good that
+    it is about as far off as the residual that is left of the first one; farther, and without a
+    word, where it holds a slow mode that the value does not. From a guess so good that
     more than a thousandth is left (in low precision, than `eps^(2/3)`) there is no derivative: a
     `DerivativeError`, or NaN, as `on_failure` has it; under `"return"` it is what the steps made.
 

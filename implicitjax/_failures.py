@@ -175,7 +175,9 @@ def mark_failed(
 
     if not tangent:
         return tangent
-    return lax.custom_linear_solve(lambda v: v, tangent, solve, transpose_solve=solve)
+    tangent = _tree.together(tangent)
+    marked = lax.custom_linear_solve(lambda v: v, tangent, solve, transpose_solve=solve)
+    return _tree.together(marked)
 
 
 def mark_together(
@@ -191,7 +193,6 @@ def mark_together(
     parameters the map reads is not asked. `tell`: as for `mark_failed`.
     """
     inexact = lambda t: jnp.issubdtype(t.dtype, jnp.inexact)
-    both = _tree.together([t for t in (*moved, *derivative) if inexact(t)])
-    marked = _tree.together(mark_failed(both, failed, tell))
-    marked = iter(marked[sum(map(inexact, moved)) :])
+    both = [t for t in (*moved, *derivative) if inexact(t)]
+    marked = iter(mark_failed(both, failed, tell)[sum(map(inexact, moved)) :])
     return [next(marked) if inexact(t) else t for t in derivative]

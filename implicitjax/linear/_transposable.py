@@ -54,7 +54,7 @@ def transposable_solve(
         return _checked(A, [b], solver, on_failure, failed, epsilon, failure)[0]
 
     if by_guess is None:
-        return from_reals(_tree.together(with_derivatives(operator, to_reals(b), solve)))
+        return from_reals(with_derivatives(operator, to_reals(b), solve))
 
     def forward(pair_of: Operator, both: Vector) -> Vector:
         k = len(both) // 2
@@ -74,20 +74,22 @@ def transposable_solve(
         both = _tree.together(both)
         return _tree.together([*operator(both[:k]), *both[k:]])
 
-    both = _tree.together([*to_reals(b), *to_reals(by_guess)])
+    both = [*to_reals(b), *to_reals(by_guess)]
     both = with_derivatives(pair_of, both, forward, transposed)
-    return from_reals(_tree.together(both)[: len(both) // 2])
+    return from_reals(both[: len(both) // 2])
 
 
 def with_derivatives(
     A: Operator, b: Vector, solve: Solve, transpose_solve: Solve | None = None
 ) -> Vector:
     """`solve(A, b)` with the derivatives, and where it has one the transpose, of `A^-1 b`."""
+    b = _tree.together(b)
     try:
-        return lax.custom_linear_solve(A, b, solve, transpose_solve=transpose_solve or solve)
+        u = lax.custom_linear_solve(A, b, solve, transpose_solve=transpose_solve or solve)
     except (ValueError, NotImplementedError):
         # `A` has no transpose (a `while_loop` within the map): forward mode alone.
-        return lax.custom_linear_solve(A, b, solve)
+        u = lax.custom_linear_solve(A, b, solve)
+    return _tree.together(u)
 
 
 def _checked(

@@ -83,7 +83,7 @@ class AbstractSolver(eqx.Module):
 
     def found(self, state: Any) -> tuple[Any, Any]:
         """Where `uses_map`: whether the last step is the method's own, and none in its place; and
-        whether any was, and short.
+        whether any such step was short.
         """
         return True, True
 

@@ -24,7 +24,7 @@ _ENOUGH = 1e-4
 _PATIENCE, _WORSE, _FAR = 4, 100.0, 10.0
 # Where so small a part of a step does not help either, so many steps are taken at will.
 _SMALL, _FREE = 2.0**-10, 64
-# A step is short that is so many default tolerances of the iterate.
+# A step is short if it is at most so many default tolerances of the iterate.
 _NEAR = 10.0
 # The largest forcing term, and `gamma` of Eisenstat and Walker.
 _FORCING, _GAMMA = 0.1, 0.9
@@ -160,8 +160,8 @@ class Newton(LeafAware):
         taken = jnp.where(lost, 1, part)
         ahead = _tree.axpy(taken, step, _tree.where(back, state.x, x))
         best = _tree.where(less, (x, r, step), (state.x, state.r, state.step))
-        long, size = (length(in_units(v, unit)) for v in _tree.stop_gradient((step, x)))
-        near = solved & (long <= _NEAR * default_rtol(size.dtype) * size)
+        moves, size = (length(in_units(v, unit)) for v in _tree.stop_gradient((step, x)))
+        near = solved & (moves <= _NEAR * default_rtol(size.dtype) * size)
         return ahead, NewtonState(
             *best,
             part=jnp.where(less | back, part, state.part),
